@@ -1,0 +1,45 @@
+"""Deployment targets: which runtimes stand for them, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploycnn.errors import RecipeError, nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A place to deploy to.
+
+    Attributes:
+        name: As written in recipes.
+        runtimes: Runtime specs (``name`` or ``name:mode``) that may serve it; the first is the reference, and
+            where there are several the faster one is named by measurement.
+        device: "cpu" or "cuda".
+    """
+
+    name: str
+    runtimes: tuple[str, ...]
+    device: str
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(name="cpu", runtimes=("onnxruntime:cpu", "openvino:f32"), device="cpu"),
+        Target(name="onnxruntime-cpu", runtimes=("onnxruntime:cpu",), device="cpu"),
+        Target(name="openvino", runtimes=("openvino:f32",), device="cpu"),
+        Target(name="onnxruntime-cuda", runtimes=("onnxruntime:cuda",), device="cuda"),
+    )
+}
+
+
+def get(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        RecipeError: there is none; names the nearest.
+    """
+    if name not in TARGETS:
+        raise RecipeError(f'target: unknown target "{name}"; {nearest(name, TARGETS)}')
+    return TARGETS[name]
