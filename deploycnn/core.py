@@ -147,6 +147,10 @@ class Pass(ABC):
     #: Whether the output depends on the machine (engines; which then enters the key).
     uses_environment: ClassVar[bool] = False
 
+    def extra_identity(self) -> Json:
+        """What else the output depends on besides the fields; enters the cache key."""
+        return None
+
     def references(self) -> tuple[str, ...]:
         """Names of variants whose last torch artifact this pass needs (a teacher)."""
         return ()
@@ -173,6 +177,10 @@ class Source(ABC):
     main: ClassVar[str]
     produces: ClassVar[Format]
     version: ClassVar[int] = 1
+
+    def extra_identity(self) -> Json:
+        """What else the model depends on besides the fields (a user module's code); enters the cache key."""
+        return None
 
     @abstractmethod
     def run(self, ctx: Context) -> Draft:

@@ -1,0 +1,5 @@
+"""``python -m deploycnn``."""
+
+from deploycnn.cli import entry
+
+entry()

@@ -1,0 +1,168 @@
+"""Walk a plan: load what has been made, make what has not, commit each artifact at once.
+
+A failing step does not stop the variants that do not need it: it is recorded, its variants are reported as failed
+with the reason, and the walk goes on. Nothing that failed is ever a cache hit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from deploycnn.core import Artifact, Context, Pass, Source
+from deploycnn.data.base import Data
+from deploycnn.errors import ArtifactError, DeployCNNError, StorageError
+from deploycnn.events import Events
+from deploycnn.plan import Plan, Step
+from deploycnn.recipe import Recipe
+from deploycnn.store import Store
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What a walk left: artifacts and failures, both by step key."""
+
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    hits: set[str] = field(default_factory=set)
+    #: Exceptions that are our fault, not the user's.
+    bugs: list[Exception] = field(default_factory=list)
+
+    def state(self, key: str) -> str:
+        """``hit``, ``made``, ``failed`` or ``miss``, as it stands in plan.txt."""
+        if key in self.failures:
+            return "failed"
+        if key in self.hits:
+            return "hit"
+        return "made" if key in self.artifacts else "miss"
+
+
+def execute(recipe: Recipe, plan: Plan, store: Store, data: Data | None, events: Events) -> Outcome:
+    """Make every artifact of ``plan``.
+
+    Returns:
+        Artifacts and failures. Failures that the user can mend are messages; others are kept as ``bugs`` too.
+
+    Raises:
+        StorageError: the disk is full or not writable; nothing further could be kept.
+    """
+    outcome = Outcome()
+    for number, step in enumerate(plan.steps, start=1):
+        title = describe(step, number, len(plan.steps))
+        blocker = _blocker(step, outcome)
+        if blocker is not None:
+            outcome.failures[step.key] = blocker
+            events.step_finished(title, "failed", 0.0)
+            continue
+        artifact = _stored(step, store, events)
+        if artifact is not None:
+            outcome.artifacts[step.key] = artifact
+            outcome.hits.add(step.key)
+            events.step_finished(title, "hit", 0.0)
+            continue
+        events.step_started(title)
+        started = time.perf_counter()
+        try:
+            outcome.artifacts[step.key] = _make(recipe, step, store, data, outcome.artifacts, events)
+        except StorageError:
+            raise
+        except DeployCNNError as error:
+            _fail(step, error, str(error), store, outcome)
+            events.error(str(error))
+        except Exception as error:  # noqa: BLE001 - recorded, reported, and raised again by the caller
+            where = _fail(step, error, f"{type(error).__name__}: {error}", store, outcome)
+            outcome.bugs.append(error)
+            events.error(f"{step.name}: unexpected {type(error).__name__}: {error} (traceback: {where})")
+        finished = "done" if step.key in outcome.artifacts else "failed"
+        events.step_finished(title, finished, time.perf_counter() - started)
+    return outcome
+
+
+def describe(step: Step, number: int, total: int) -> str:
+    """One line for people: which step, for which variants."""
+    return f"[{number}/{total}] {step.name} ({', '.join(step.variants)})"
+
+
+def _fail(step: Step, error: Exception, message: str, store: Store, outcome: Outcome) -> str:
+    outcome.failures[step.key] = f"{step.name}: {' '.join(message.split())}"
+    return str(store.record_failure(step.folder, error))
+
+
+def _blocker(step: Step, outcome: Outcome) -> str | None:
+    """Why this step cannot even begin: something that it needs has failed."""
+    for key in (step.parent, *step.references.values()):
+        if key is not None and key in outcome.failures:
+            return outcome.failures[key]
+    return None
+
+
+def _stored(step: Step, store: Store, events: Events) -> Artifact | None:
+    if not store.has(step):
+        return None
+    try:
+        return store.load(step)
+    except ArtifactError as error:
+        events.warning(f"{error}; making it again")
+        store.discard(step)
+        return None
+
+
+def _make(
+    recipe: Recipe, step: Step, store: Store, data: Data | None, artifacts: Mapping[str, Artifact], events: Events
+) -> Artifact:
+    log = logging.getLogger(f"deploycnn.run.{step.folder}")
+    with store.workplace(step) as (output, scratch):
+        handler = logging.FileHandler(output / "log.txt", delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        started = time.perf_counter()
+        try:
+            context = Context(
+                output=output,
+                scratch=scratch,
+                seed=recipe.seed,
+                device=_device(step),
+                threads=available_threads(),
+                target=recipe.target.name,
+                data=data,
+                references={name: artifacts[key] for name, key in step.references.items()},
+                progress=events.progress,
+                log=log,
+            )
+            if isinstance(step.component, Source):
+                draft = step.component.run(context)
+            else:
+                parent = artifacts[step.parent or ""]
+                step.component.requires(parent)
+                draft = step.component.run(parent, context)
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+        artifact = store.commit(
+            step,
+            draft,
+            output,
+            seconds=time.perf_counter() - started,
+            extra={"seed": recipe.seed, "data": data.fingerprint if data else None, "target": recipe.target.name},
+        )
+    store.clear_failure(step.folder)
+    return artifact
+
+
+def available_threads() -> int:
+    """CPUs that this process may use (affinity and cpusets respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(step: Step) -> str:
+    """Where training and the like run: the GPU if there is one. Measurement chooses its device by runtime."""
+    if isinstance(step.component, Pass) and step.component.consumes == "torch":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu"

@@ -1,0 +1,66 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deploycnn.errors import StorageError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` at once: to a temporary name beside it, synced, then renamed.
+
+    Raises:
+        StorageError: no space or no permission.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON-like
+    """Write ``value`` as JSON, at once."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Map "no space left" and "permission denied" to :class:`StorageError`, naming ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{path}: no space left on the disk; free some and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another place with --out") from error
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's files and its own entry to the disk, so that a rename after it is a commit."""
+    for item in path.rglob("*"):
+        if item.is_file():
+            with item.open("rb") as file:
+                os.fsync(file.fileno())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
