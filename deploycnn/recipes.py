@@ -61,7 +61,7 @@ def description(path: Path) -> str:
 
 
 def copy(name: str, destination: Path, *, force: bool = False) -> Path:
-    """Copy a shipped recipe to ``destination`` (a file, or a folder to put it into) and return the copy's path.
+    """Copy a shipped recipe to ``destination`` (a file, or a folder) and return the copy's path.
 
     Raises:
         RecipeError: there is no such recipe, or the destination exists and ``force`` is false.

@@ -184,7 +184,8 @@ class Measurement(TypedDict):
     """One (variant, runtime:mode, executed precision, batch size, threads).
 
     ``reference`` is the ``id`` of the row that ``ratio`` compares with (null on the reference itself);
-    ``disturbance`` says in words what the machine did meanwhile that makes the row less trustworthy.
+    ``disturbance`` says in words what the machine did meanwhile that makes the row less trustworthy; ``top1`` is
+    this runtime's own, where it was measured on several.
     """
 
     id: _Name
@@ -209,6 +210,7 @@ class Measurement(TypedDict):
     warmup: _Count
     disturbance: str | None
     samples: Samples | None
+    top1: NotRequired[_Fraction | None]
 
 
 class Method(TypedDict, total=False):
@@ -256,9 +258,13 @@ def _adapter() -> TypeAdapter[Report]:
 def _where(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part) for part in first["loc"])
-    shown = repr(first["input"])
     more = error.error_count() - 1
     tail = f" (and {more} more)" if more else ""
+    if first["type"] == "missing":
+        return f"{path} is missing{tail}"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {path}{tail}"
+    shown = repr(first["input"])
     return f"{path}: {first['msg']}, found {shown if len(shown) <= 60 else shown[:57] + '...'}{tail}"
 
 
