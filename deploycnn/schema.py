@@ -20,6 +20,9 @@ from deploycnn.errors import RecipeError, nearest
 
 T = TypeVar("T")
 
+#: How pydantic calls an unknown key, in dataclasses and in typed dictionaries.
+_UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+
 #: YAML 1.1 reads ``1e-3`` as a string; people mean a number.
 _FLOAT = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -127,16 +130,21 @@ def build(cls: type[T], options: object, where: str) -> T:
     try:
         result: T = _adapter(cls).validate_json(json.dumps(dict(options)), strict=True)
     except ValidationError as error:
-        raise RecipeError(_explain(cls, error.errors()[0], where)) from None
+        raise RecipeError(_explain(cls, min(error.errors(), key=_urgency), where)) from None
     except TypeError as error:
         raise RecipeError(f"{where}: {error}") from error
     return result
 
 
+def _urgency(problem: Mapping[str, Any]) -> int:
+    """A misspelt key also makes the right one "missing"; the misspelling is what to mend."""
+    return 0 if problem["type"] in _UNKNOWN_KEY else 1
+
+
 def _explain(cls: type[Any], problem: Mapping[str, Any], where: str) -> str:
     location = tuple(part for part in problem["loc"])
     readable = ".".join([where, *(str(part) for part in location if not _is_branch(part))])
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if problem["type"] in _UNKNOWN_KEY:
         holder = _class_at(cls, location) or cls
         return f"{readable}: unknown key; {nearest(str(location[-1]), field_names(holder))}"
     if problem["type"] in ("missing", "missing_argument"):
