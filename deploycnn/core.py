@@ -24,7 +24,11 @@ Format = Literal["torch", "onnx", "engine"]
 Json = Any
 
 #: The main file of an artifact, by format.
-MAIN_FILE: Mapping[Format, str] = {"torch": "model.safetensors", "onnx": "model.onnx", "engine": "model.engine"}
+MAIN_FILE: Mapping[Format, str] = {
+    "torch": "model.safetensors",
+    "onnx": "model.onnx",
+    "engine": "model.engine",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from deploycnn.core import Artifact, Context, Pass, Source
 from deploycnn.data.base import Data
 from deploycnn.errors import ArtifactError, DeployCNNError, StorageError
 from deploycnn.events import Events
+from deploycnn.events import Outcome as Ending
 from deploycnn.plan import Plan, Step
 from deploycnn.recipe import Recipe
 from deploycnn.store import Store
@@ -72,11 +73,11 @@ def execute(recipe: Recipe, plan: Plan, store: Store, data: Data | None, events:
         except DeployCNNError as error:
             _fail(step, error, str(error), store, outcome)
             events.error(str(error))
-        except Exception as error:  # noqa: BLE001 - recorded, reported, and raised again by the caller
+        except Exception as error:
             where = _fail(step, error, f"{type(error).__name__}: {error}", store, outcome)
             outcome.bugs.append(error)
             events.error(f"{step.name}: unexpected {type(error).__name__}: {error} (traceback: {where})")
-        finished = "done" if step.key in outcome.artifacts else "failed"
+        finished: Ending = "done" if step.key in outcome.artifacts else "failed"
         events.step_finished(title, finished, time.perf_counter() - started)
     return outcome
 
@@ -111,7 +112,12 @@ def _stored(step: Step, store: Store, events: Events) -> Artifact | None:
 
 
 def _make(
-    recipe: Recipe, step: Step, store: Store, data: Data | None, artifacts: Mapping[str, Artifact], events: Events
+    recipe: Recipe,
+    step: Step,
+    store: Store,
+    data: Data | None,
+    artifacts: Mapping[str, Artifact],
+    events: Events,
 ) -> Artifact:
     log = logging.getLogger(f"deploycnn.run.{step.folder}")
     with store.workplace(step) as (output, scratch):
@@ -148,7 +154,11 @@ def _make(
             draft,
             output,
             seconds=time.perf_counter() - started,
-            extra={"seed": recipe.seed, "data": data.fingerprint if data else None, "target": recipe.target.name},
+            extra={
+                "seed": recipe.seed,
+                "data": data.fingerprint if data else None,
+                "target": recipe.target.name,
+            },
         )
     store.clear_failure(step.folder)
     return artifact

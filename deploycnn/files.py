@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON-like
+def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, at once."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
@@ -47,9 +47,13 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"{path}: no space left on the disk; free some and run the same command again") from error
+            raise StorageError(
+                f"{path}: no space left on the disk; free some and run the same command again"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another place with --out") from error
+            raise StorageError(
+                f"{path}: cannot be written ({error.strerror}); choose another place with --out"
+            ) from error
         raise
 
 

@@ -36,7 +36,9 @@ def require(module: str) -> ModuleType:
             raise RuntimeUnavailable(f"{module} is not installed; {mend}") from error
         raise RuntimeUnavailable(f"{module} is installed but needs {error.name}; {mend}") from error
     except (ImportError, OSError) as error:
-        raise RuntimeUnavailable(f"{module} is installed but does not load ({error}); reinstall: {mend}") from error
+        raise RuntimeUnavailable(
+            f"{module} is installed but does not load ({error}); reinstall: {mend}"
+        ) from error
 
 
 def installed(module: str) -> bool:

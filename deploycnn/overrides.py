@@ -18,9 +18,17 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
     """
     path, separator, text = setting.partition("=")
     if not separator or not path:
-        raise RecipeError(f'--set {setting}: expected key=value, for example "variants.int8.1.int8.calibrator=minmax"')
+        raise RecipeError(
+            f'--set {setting}: expected key=value, for example "variants.int8.1.int8.calibrator=minmax"'
+        )
     value = schema.load_yaml(text, f"--set {path}")
-    if isinstance(value, str) and path.rpartition(".")[2] in ("root", "weights", "path", "checkpoint", "onnx"):
+    if isinstance(value, str) and path.rpartition(".")[2] in (
+        "root",
+        "weights",
+        "path",
+        "checkpoint",
+        "onnx",
+    ):
         value = str(Path(value).absolute())
     *parents, last = path.split(".")
     node: Any = raw
@@ -31,7 +39,9 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
             node = node[_index(node, part, setting)]
         elif isinstance(node, dict):
             if part not in node and len(walked) > 1 and walked[0] in ("variants", "source"):
-                raise RecipeError(f"--set {setting}: {'.'.join(walked)}: no such key; {nearest(part, map(str, node))}")
+                raise RecipeError(
+                    f"--set {setting}: {'.'.join(walked)}: no such key; {nearest(part, map(str, node))}"
+                )
             if node.get(part) is None:
                 node[part] = {}
             node = node[part]
@@ -46,7 +56,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting}: {'.'.join(walked)} is a plain value and has no keys")
 
 
-def _expand(raw: dict[str, Any], walked: Sequence[str], node: Any) -> Any:  # noqa: ANN401 - YAML holds anything
+def _expand(raw: dict[str, Any], walked: Sequence[str], node: Any) -> Any:
     """Turn a pass written as a bare name (``int8``) into ``{int8: {}}`` so that a setting may enter it."""
     if not isinstance(node, str) or len(walked) < 2:
         return node

@@ -143,7 +143,9 @@ class _Planner:
         source_name, source = self.recipe.source
         keys = [self.add(source_name, source, None, {}, name)]
         for index, (pass_name, step) in enumerate(self.recipe.variant(name).passes):
-            references = {other: self.last_torch(other, name, index, pass_name) for other in step.references()}
+            references = {
+                other: self.last_torch(other, name, index, pass_name) for other in step.references()
+            }
             keys.append(self.add(pass_name, step, keys[-1], references, name))
         self.open.pop()
         self.chains[name] = tuple(keys)
@@ -160,7 +162,12 @@ class _Planner:
         return torch_keys[-1]
 
     def add(
-        self, name: str, component: Source | Pass, parent: str | None, references: Mapping[str, str], variant: str
+        self,
+        name: str,
+        component: Source | Pass,
+        parent: str | None,
+        references: Mapping[str, str],
+        variant: str,
     ) -> str:
         identity = {
             "key_version": KEY_VERSION,

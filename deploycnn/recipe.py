@@ -37,7 +37,9 @@ class Profile:
     """What is measured, and how long it may take."""
 
     runtimes: Annotated[tuple[str, ...], "Runtimes to measure on; empty: those of the target."] = ()
-    batch_sizes: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1), "The first one decides the winner."] = (1,)
+    batch_sizes: Annotated[
+        tuple[Annotated[int, Ge(1)], ...], MinLen(1), "The first one decides the winner."
+    ] = (1,)
     threads: Annotated[
         tuple[Annotated[int, Ge(1)] | Literal["all"], ...], MinLen(1), "CPU threads; the first decides."
     ] = (1, "all")
@@ -82,7 +84,19 @@ class Recipe:
         return next(variant for variant in self.variants if variant.name == name)
 
 
-KEYS = ("name", "task", "source", "data", "preprocessing", "target", "variants", "baseline", "budget", "profile", "seed")
+KEYS = (
+    "name",
+    "task",
+    "source",
+    "data",
+    "preprocessing",
+    "target",
+    "variants",
+    "baseline",
+    "budget",
+    "profile",
+    "seed",
+)
 REQUIRED = ("source", "variants")
 
 
@@ -108,12 +122,16 @@ def load(
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"{path}: no such recipe; `deploycnn recipes list` shows those that come with it") from error
+        raise RecipeError(
+            f"{path}: no such recipe; `deploycnn recipes list` shows those that come with it"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from error
     raw = schema.load_yaml(text, str(path))
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(REQUIRED)}; got {type(raw).__name__}")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping with the keys {', '.join(REQUIRED)}; got {type(raw).__name__}"
+        )
     for override in overrides:
         edits.apply_setting(raw, override)
     if data is not None:
@@ -180,7 +198,9 @@ def _check_runtimes(recipe: Recipe, where: str) -> None:
 def _source(raw: object, base: Path, where: str) -> tuple[str, Source]:
     known = registry.names("source")
     if isinstance(raw, str):
-        raise RecipeError(f'{where}: source: write "source: {{KIND: {raw}}}" with KIND one of {", ".join(known)}')
+        raise RecipeError(
+            f'{where}: source: write "source: {{KIND: {raw}}}" with KIND one of {", ".join(known)}'
+        )
     if not isinstance(raw, Mapping):
         raise RecipeError(f"{where}: source: expected a mapping such as {{zoo: resnet20}}, got {raw!r}")
     # The kind is the first key that names a source; a `checkpoint:` beside `zoo:` would be an option.
@@ -239,7 +259,9 @@ def _kind_and_options(raw: object, where: str, example: str) -> tuple[str, objec
     if isinstance(raw, Mapping) and len(raw) == 1:
         kind, options = next(iter(raw.items()))
         return str(kind), options
-    raise RecipeError(f'{where}: expected a name such as "{example}" or one {{name: {{options}}}}, got {raw!r}')
+    raise RecipeError(
+        f'{where}: expected a name such as "{example}" or one {{name: {{options}}}}, got {raw!r}'
+    )
 
 
 def _with_raw(recipe: Recipe) -> Recipe:
@@ -256,7 +278,8 @@ def _with_raw(recipe: Recipe) -> Recipe:
         "target": recipe.target.name,
         "baseline": recipe.baseline,
         "variants": {
-            variant.name: [{name: schema.to_json(step)} for name, step in variant.passes] for variant in recipe.variants
+            variant.name: [{name: schema.to_json(step)} for name, step in variant.passes]
+            for variant in recipe.variants
         },
         "profile": schema.to_json(recipe.profile),
     }

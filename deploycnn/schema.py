@@ -54,7 +54,7 @@ def _loader() -> type[Any]:
     return Loader
 
 
-def load_yaml(text: str, where: str) -> Any:  # noqa: ANN401 - YAML holds anything
+def load_yaml(text: str, where: str) -> Any:
     """Parse YAML.
 
     Raises:
@@ -73,7 +73,7 @@ def load_yaml(text: str, where: str) -> Any:  # noqa: ANN401 - YAML holds anythi
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _nested(annotation: Any) -> Iterator[type]:  # noqa: ANN401 - annotations are of any type
+def _nested(annotation: Any) -> Iterator[type]:
     """All dataclasses that appear in an annotation."""
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         yield annotation
@@ -82,7 +82,7 @@ def _nested(annotation: Any) -> Iterator[type]:  # noqa: ANN401 - annotations ar
 
 
 @functools.cache
-def _adapter(cls: type[T]) -> Any:  # noqa: ANN401 - TypeAdapter, imported late
+def _adapter(cls: type[Any]) -> Any:
     from pydantic import TypeAdapter
 
     pending, seen = [cls], set()
@@ -158,7 +158,7 @@ def _is_branch(part: object) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("int", "str", "float", "bool"))
 
 
-def to_json(value: object) -> Any:  # noqa: ANN401 - JSON-like
+def to_json(value: object) -> Any:
     """A dataclass, tuple, path, ... as plain JSON-like values; the inverse of :func:`build`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -207,7 +207,7 @@ def describe(cls: type[Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _type_name(annotation: Any) -> str:  # noqa: ANN401 - annotations are of any type
+def _type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return "|".join(str(argument) for argument in arguments)

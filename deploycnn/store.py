@@ -70,13 +70,17 @@ class Store:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ArtifactError(f"{root}: another process is working in this run; wait for it, or use --out") from error
+                raise ArtifactError(
+                    f"{root}: another process is working in this run; wait for it, or use --out"
+                ) from error
             store = cls(root)
             with files.storage_errors(root):
                 for folder in (store.artifacts, store.partial, store.measurements):
                     folder.mkdir(parents=True, exist_ok=True)
             if not (root / "run.json").exists():
-                files.write_json(root / "run.json", {"schema_version": SCHEMA_VERSION, "deploycnn": __version__})
+                files.write_json(
+                    root / "run.json", {"schema_version": SCHEMA_VERSION, "deploycnn": __version__}
+                )
             yield store
         finally:
             lock.close()
@@ -116,9 +120,15 @@ class Store:
             scratch.mkdir(exist_ok=True)
             yield output, scratch
 
-    def commit(self, step: Step, draft: Draft, output: Path, *, seconds: float, extra: Mapping[str, Any]) -> Artifact:
+    def commit(
+        self, step: Step, draft: Draft, output: Path, *, seconds: float, extra: Mapping[str, Any]
+    ) -> Artifact:
         """Turn a pass's output folder into an artifact, at once."""
-        contents = {str(item.relative_to(output)): _describe(item) for item in sorted(output.rglob("*")) if item.is_file()}
+        contents = {
+            str(item.relative_to(output)): _describe(item)
+            for item in sorted(output.rglob("*"))
+            if item.is_file()
+        }
         if MAIN_FILE[draft.format] not in contents:
             raise RuntimeError(f"{step.name} wrote no {MAIN_FILE[draft.format]} to its output folder")
         size_bytes = sum(int(item["bytes"]) for name, item in contents.items() if not name.endswith(".txt"))
@@ -176,7 +186,9 @@ class Store:
     def measurement(self, name: str) -> dict[str, Any] | None:
         """A stored measurement, or ``None``. A file that cannot be read does not count."""
         try:
-            loaded: dict[str, Any] = json.loads((self.measurements / f"{name}.json").read_text(encoding="utf-8"))
+            loaded: dict[str, Any] = json.loads(
+                (self.measurements / f"{name}.json").read_text(encoding="utf-8")
+            )
         except (FileNotFoundError, ValueError):
             return None
         return loaded
@@ -199,12 +211,16 @@ def check_schema(root: Path) -> None:
     marker = root / "run.json"
     if not marker.exists():
         if any(item.name != ".lock" for item in root.iterdir()):
-            raise ArtifactError(f"{root}: is not a run directory and not empty; choose another place with --out")
+            raise ArtifactError(
+                f"{root}: is not a run directory and not empty; choose another place with --out"
+            )
         return
     try:
         version = json.loads(marker.read_text(encoding="utf-8"))["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{marker}: damaged; delete the run directory or choose another with --out") from error
+        raise ArtifactError(
+            f"{marker}: damaged; delete the run directory or choose another with --out"
+        ) from error
     if version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{root}: written with run schema {version}, this version of deploycnn reads {SCHEMA_VERSION}; "
@@ -230,7 +246,7 @@ def load_artifact(folder: Path) -> Artifact:
     return Artifact(
         key=manifest["key"],
         format=manifest["format"],
-        path=folder / MAIN_FILE[manifest["format"]],  # type: ignore[index]
+        path=folder / MAIN_FILE[manifest["format"]],
         inputs=_specs(manifest["inputs"]),
         outputs=_specs(manifest["outputs"]),
         parents=tuple(manifest["parents"]),
@@ -247,12 +263,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path}: damaged: {error}") from error
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactError(f"{path}: schema version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}")
+        raise ArtifactError(
+            f"{path}: schema version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}"
+        )
     return manifest
 
 
 def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name=item["name"], dtype=item["dtype"], shape=tuple(item["shape"])) for item in items)
+    return tuple(
+        TensorSpec(name=item["name"], dtype=item["dtype"], shape=tuple(item["shape"])) for item in items
+    )
 
 
 def _describe(path: Path) -> dict[str, Any]:

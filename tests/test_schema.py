@@ -31,7 +31,9 @@ class Outer:
 
 
 def test_builds_nested_values_with_defaults() -> None:
-    built = schema.build(Outer, {"epochs": 3, "inner": {"probability": 1}, "size": [4, 5], "rates": [1, 0.5]}, "x")
+    built = schema.build(
+        Outer, {"epochs": 3, "inner": {"probability": 1}, "size": [4, 5], "rates": [1, 0.5]}, "x"
+    )
     assert built == Outer(epochs=3, inner=Inner(probability=1.0), size=(4, 5), rates=(1.0, 0.5))
 
 
@@ -39,13 +41,19 @@ def test_builds_nested_values_with_defaults() -> None:
     ("options", "expected"),
     [
         ({"epocs": 3}, 'x.epocs: unknown key; did you mean "epochs"?'),
-        ({"epochs": 3, "inner": {"probabilty": 1}}, 'x.inner.probabilty: unknown key; did you mean "probability"?'),
+        (
+            {"epochs": 3, "inner": {"probabilty": 1}},
+            'x.inner.probabilty: unknown key; did you mean "probability"?',
+        ),
         ({}, "x.epochs: required, but not given"),
         ({"epochs": "3"}, 'x.epochs: should be a valid integer, got "3"'),
         ({"epochs": True}, "x.epochs: should be a valid integer, got true"),
         ({"epochs": 0}, "x.epochs: should be greater than 0, got 0"),
         ({"epochs": 1, "method": "c"}, "x.method: should be 'a' or 'b', got \"c\""),
-        ({"epochs": 1, "inner": {"probability": 2}}, "x.inner.probability: should be less than or equal to 1, got 2"),
+        (
+            {"epochs": 1, "inner": {"probability": 2}},
+            "x.inner.probability: should be less than or equal to 1, got 2",
+        ),
         ({"epochs": 1, "size": "big"}, "x.size: should be a valid integer"),
         ([1], "x: expected a mapping of options (epochs, method, rates, size, inner, weights), got [1]"),
     ],

@@ -1,0 +1,105 @@
+"""The walk: hits, misses, failures that stay where they belong, and resumption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploycnn import recipe as recipes
+from deploycnn.errors import StorageError
+from deploycnn.events import Silent
+from deploycnn.execute import Outcome, execute
+from deploycnn.plan import plan
+from deploycnn.store import Store
+from tests.fakes import Export, Tune
+
+pytestmark = pytest.mark.usefixtures("fake_components")
+
+
+@pytest.fixture(autouse=True)
+def _no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploycnn.execute._device", lambda _: "cpu")
+
+
+def run(root: Path, variants: dict[str, Any], **changes: Any) -> Outcome:
+    recipe = recipes.parse({"source": {"model": "m"}, "variants": variants, **changes}, base=Path())
+    planned = plan(recipe, data_fingerprint=None)
+    with Store.open(root) as store:
+        outcome = execute(recipe, planned, store, None, Silent())
+        store.link_variants(planned)
+    return outcome
+
+
+VARIANTS: dict[str, Any] = {"fp32": ["export"], "small": [{"tune": {"teacher": "fp32"}}, "export"]}
+
+
+def test_a_second_run_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path / "r", VARIANTS)
+    assert (len(first.artifacts), first.hits, first.failures) == (4, set(), {})
+    text = (tmp_path / "r/variants/small/model.onnx").read_text()
+    assert text == "m seed 0\ntuned 1 " + text.split()[5] + "\nexported"
+    monkeypatch.setattr(Export, "run", None)
+    second = run(tmp_path / "r", VARIANTS)
+    assert second.hits == set(first.artifacts)
+
+
+def test_only_what_follows_from_a_change_is_made_again(tmp_path: Path) -> None:
+    run(tmp_path / "r", VARIANTS)
+    outcome = run(
+        tmp_path / "r", {**VARIANTS, "small": [{"tune": {"teacher": "fp32", "amount": 5}}, "export"]}
+    )
+    assert len(outcome.hits) == 2
+
+
+def test_a_failure_stays_in_its_variants(tmp_path: Path) -> None:
+    outcome = run(
+        tmp_path / "r",
+        {"a": ["export"], "b": ["export", "fail"], "c": ["export", "fail", {"fail": {"ours": True}}]},
+    )
+    assert list(outcome.failures.values()) == ["fail: does not fit"] * 2
+    assert outcome.bugs == []
+    assert not list((tmp_path / "r/artifacts").glob("fail-*"))
+    assert (tmp_path / "r/variants/a").exists()
+    assert not (tmp_path / "r/variants/b").exists()
+    assert "PassRequirementError" in next((tmp_path / "r/failures").glob("fail-*.txt")).read_text()
+
+
+def test_our_own_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    outcome = run(tmp_path / "r", {"a": ["export", {"fail": {"ours": True}}]})
+    assert [type(bug) for bug in outcome.bugs] == [ZeroDivisionError]
+    assert "in run" in next((tmp_path / "r/failures").glob("fail-*.txt")).read_text()
+
+
+def test_a_failure_is_tried_again_and_forgotten_once_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tune, "run", broken)
+        assert run(tmp_path / "r", {"a": ["tune", "export"]}).failures
+    assert not run(tmp_path / "r", {"a": ["tune", "export"]}).failures
+    assert not list((tmp_path / "r/failures").iterdir())
+
+
+def test_a_damaged_artifact_is_made_again(tmp_path: Path) -> None:
+    run(tmp_path / "r", {"a": ["export"]})
+    damaged = tmp_path / "r/variants/a/model.onnx"
+    good = damaged.read_text()
+    damaged.write_text("garbage")
+    outcome = run(tmp_path / "r", {"a": ["export"]})
+    assert len(outcome.hits) == 1
+    assert damaged.read_text() == good
+
+
+def test_a_full_disk_ends_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(Export, "run", full)
+    with pytest.raises(StorageError):
+        run(tmp_path / "r", VARIANTS)
+    assert not list((tmp_path / "r/artifacts").glob("export-*"))
