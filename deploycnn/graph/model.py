@@ -1,0 +1,160 @@
+"""Load, save and describe ONNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+from deploycnn.core import TensorSpec
+from deploycnn.errors import ArtifactError
+
+#: Protobuf cannot serialize more; a margin is left for the graph around the weights.
+MAX_SELF_CONTAINED_BYTES = 2**31 - 2**24
+
+#: Operators whose presence says that a model is already quantized.
+QUANTIZED_OPS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+)
+
+
+def load_onnx(path: Path) -> ModelProto:
+    """Read a model with its external data.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not ONNX, or its external data is missing or lies outside
+            the model's folder.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file") from error
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{path}: not an ONNX model, or truncated ({error}); fetch or export it again"
+        ) from error
+    if not model.graph.node and not model.graph.output:
+        raise ArtifactError(f"{path}: not an ONNX model (no graph in it); fetch or export it again")
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path}: its external data cannot be read: {reason}") from error
+    return model
+
+
+def save_onnx(model: ModelProto, path: Path) -> int:
+    """Write ``model``, self-contained up to 2 GB and with one data file beside it above; return the bytes written."""
+    if model.ByteSize() < MAX_SELF_CONTAINED_BYTES:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return path.stat().st_size
+    data = path.with_name(f"{path.name}.data")
+    onnx.save_model(model, str(path), save_as_external_data=True, location=data.name)
+    return path.stat().st_size + data.stat().st_size
+
+
+def opset_of(model: ModelProto) -> int:
+    """The version of the default operator set."""
+    return next((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), 0)
+
+
+def runtime_inputs(model: ModelProto) -> list[ValueInfoProto]:
+    """Graph inputs that are fed at run time: old models list their initializers as inputs too."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def is_quantized(model: ModelProto) -> bool:
+    """Whether the graph holds quantized operators of ONNX or of onnxruntime."""
+    return any(
+        node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear") for node in model.graph.node
+    )
+
+
+def shape_of(value: ValueInfoProto) -> tuple[int | None, ...] | None:
+    """The tensor's shape, ``None`` for a dynamic axis; ``None`` as a whole where even the rank is unknown."""
+    if not value.type.tensor_type.HasField("shape"):
+        return None
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim
+    )
+
+
+def tensor_specs(values: Sequence[ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Graph inputs or outputs as the specifications kept with artifacts."""
+    return tuple(
+        TensorSpec(
+            name=value.name,
+            dtype=str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
+            shape=shape_of(value) or (),
+        )
+        for value in values
+    )
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """Graphs held by a control-flow node."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def names_used(node: NodeProto) -> Iterator[str]:
+    """Every value that a node reads, including those its subgraphs capture."""
+    yield from (name for name in node.input if name)
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            yield from names_used(inner)
+        yield from (output.name for output in graph.output)
+
+
+def consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:
+    """Value name -> nodes that read it, in graph order and each node once."""
+    found: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in dict.fromkeys(names_used(node)):
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def producers(graph: GraphProto) -> dict[str, NodeProto]:
+    """Value name -> the node that makes it."""
+    return {name: node for node in graph.node for name in node.output if name}
+
+
+def initializers(graph: GraphProto) -> dict[str, TensorProto]:
+    """Initializer name -> tensor."""
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
+def attribute(node: NodeProto, name: str, default: object = None) -> object:
+    """The value of a node's attribute."""
+    for candidate in node.attribute:
+        if candidate.name == name:
+            return onnx.helper.get_attribute_value(candidate)
+    return default
+
+
+def value_types(model: ModelProto) -> dict[str, ValueInfoProto]:
+    """Every value whose type is known: inputs, outputs and what shape inference found."""
+    graph = model.graph
+    return {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+
+
+def infer_shapes(model: ModelProto) -> ModelProto:
+    """``model`` with the types and shapes of all intermediate values, as far as ONNX can tell.
+
+    Stale annotations are dropped first: they would win over what is inferred.
+    """
+    # Inference goes through protobuf serialization, so it is fed the graph without the weights' bytes only
+    # where they would not fit.
+    inferred = ModelProto()
+    inferred.CopyFrom(model)
+    del inferred.graph.value_info[:]
+    if model.ByteSize() >= MAX_SELF_CONTAINED_BYTES:
+        return inferred
+    return onnx.shape_inference.infer_shapes(inferred, data_prop=True)

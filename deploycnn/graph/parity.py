@@ -1,0 +1,208 @@
+"""Does a graph compute what its model computes? Measured on images, against a declared tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto
+from onnx.reference import ReferenceEvaluator
+
+from deploycnn.core import Json
+from deploycnn.errors import ParityError
+from deploycnn.graph.model import MAX_SELF_CONTAINED_BYTES, runtime_inputs
+from deploycnn.optional import installed, require
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Array = npt.NDArray[Any]
+
+#: Preprocessed images (N, C, H, W) -> outputs in graph order, each with N first.
+Evaluate = Callable[[npt.NDArray[np.float32]], list[Array]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """What counts as equal: ``|a - b| <= absolute + relative * max|b|``, the maximum over one image's output.
+
+    Rounding errors grow with the largest terms of the sums that made an output, not with the output element
+    itself, which may be near zero by cancellation. Hence the maximum.
+    """
+
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """How far two evaluations of one model lie apart.
+
+    Attributes:
+        max_abs_error: Largest ``|a - b|`` over all outputs and images.
+        max_rel_error: Largest ``|a - b| / max|b|``, the maximum over one image's output.
+        worst_ratio: Largest ``|a - b|`` as a share of what the tolerance allows; above 1 is a failure.
+        top1_agreement: Share of images, in [0, 1], whose largest element of the first output is the same.
+        batch_sizes: Batch sizes that were run, each over all images.
+        images: How many images.
+        source: Where the images came from: "val images", "train images" or "random".
+        reference: What was taken as right: "pytorch" or "fp32 onnx".
+        evaluator: What ran the graph: "onnxruntime" or "onnx.reference".
+    """
+
+    max_abs_error: float
+    max_rel_error: float
+    worst_ratio: float
+    top1_agreement: float
+    tolerance: Tolerance
+    batch_sizes: tuple[int, ...]
+    images: int
+    source: str
+    reference: Literal["pytorch", "fp32 onnx"]
+    evaluator: str = field(default="onnxruntime")
+
+    def to_json(self) -> Json:
+        """The record kept with the artifact."""
+        return {**asdict(self), "batch_sizes": list(self.batch_sizes)}
+
+    def check(self, what: str) -> None:
+        """Refuse a graph beyond the tolerance.
+
+        Args:
+            what: The graph, for the message.
+
+        Raises:
+            ParityError: beyond the tolerance, or not finite.
+        """
+        # Written so that NaN fails.
+        if self.worst_ratio <= 1.0:
+            return
+        raise ParityError(
+            f"{what} differs from its {self.reference} reference by {self.max_abs_error:.3g} (relative "
+            f"{self.max_rel_error:.3g}; allowed {self.tolerance.absolute:g} + {self.tolerance.relative:g} * max|output|) "
+            f"on {self.images} {self.source} at batch sizes {', '.join(map(str, self.batch_sizes))}, "
+            f"top-1 agreement {self.top1_agreement:.3f}; report it, or raise the tolerance if that is acceptable"
+        )
+
+
+def measure_parity(
+    reference: Evaluate,
+    candidate: Evaluate,
+    images_NCHW: npt.NDArray[np.float32],
+    *,
+    batch_sizes: Sequence[int],
+    tolerance: Tolerance,
+    source: str,
+    against: Literal["pytorch", "fp32 onnx"],
+) -> Parity:
+    """Compare two evaluations on the same images, at each batch size over all of them."""
+    absolute = relative = worst = 0.0
+    agreeing = total = 0
+    for batch_size in batch_sizes:
+        for batch in _chunks(images_NCHW, batch_size):
+            expected, actual = reference(batch), candidate(batch)
+            agreeing += int((_top1(expected[0]) == _top1(actual[0])).sum())
+            total += len(batch)
+            for right, found in zip(expected, actual, strict=True):
+                errors, peaks = _errors(right, found)
+                allowed = tolerance.absolute + tolerance.relative * peaks
+                absolute = _largest(absolute, errors)
+                relative = _largest(relative, errors / np.maximum(peaks, np.finfo(np.float32).tiny))
+                worst = _largest(worst, errors / np.maximum(allowed, np.finfo(np.float32).tiny))
+    return Parity(
+        max_abs_error=absolute,
+        max_rel_error=relative,
+        worst_ratio=worst,
+        top1_agreement=agreeing / max(total, 1),
+        tolerance=tolerance,
+        batch_sizes=tuple(batch_sizes),
+        images=len(images_NCHW),
+        source=source,
+        reference=against,
+        evaluator=evaluator_name(),
+    )
+
+
+def _errors(expected: Array, actual: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Per image: the largest absolute error and the largest expected magnitude. A wrong shape is infinitely wrong."""
+    right = expected.astype(np.float64).reshape(len(expected), -1)
+    if expected.shape != actual.shape:
+        return np.full(len(expected), np.inf), np.abs(right).max(axis=1)
+    found = actual.astype(np.float64).reshape(len(actual), -1)
+    return np.abs(right - found).max(axis=1), np.abs(right).max(axis=1)
+
+
+def _largest(so_far: float, values: npt.NDArray[np.float64]) -> float:
+    """Maximum that lets NaN through."""
+    return float(np.maximum(so_far, values.max(initial=0.0)))
+
+
+def _top1(outputs: Array) -> npt.NDArray[np.intp]:
+    return np.argmax(outputs.reshape(len(outputs), -1), axis=1)
+
+
+def _chunks(images: npt.NDArray[np.float32], size: int) -> Iterator[npt.NDArray[np.float32]]:
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+def evaluator_name() -> str:
+    """What ``evaluator`` uses here."""
+    return "onnxruntime" if installed("onnxruntime") else "onnx.reference"
+
+
+def evaluator(
+    model: ModelProto | Path, *, threads: int = 1, outputs: Sequence[str] | None = None
+) -> Evaluate:
+    """A function that runs an ONNX model with one image input: by onnxruntime where installed, else by the slow
+    reference implementation of ONNX.
+
+    Args:
+        model: The model, or its file (needed above 2 GB).
+        threads: CPU threads.
+        outputs: Values to return; all graph outputs by default.
+    """
+    if installed("onnxruntime"):
+        session = cpu_session(model, threads=threads)
+        name = session.get_inputs()[0].name
+        wanted = list(outputs) if outputs is not None else None
+
+        def by_onnxruntime(images: npt.NDArray[np.float32]) -> list[Array]:
+            found: list[Array] = session.run(wanted, {name: images})
+            return found
+
+        return by_onnxruntime
+    reference = ReferenceEvaluator(model if isinstance(model, ModelProto) else str(model))
+    proto = reference.proto_
+    assert isinstance(proto, ModelProto)  # noqa: S101 - for the type checker; a file always holds a model
+    name = runtime_inputs(proto)[0].name
+    names = list(outputs) if outputs is not None else [value.name for value in proto.graph.output]
+
+    def by_reference(images: npt.NDArray[np.float32]) -> list[Array]:
+        return [np.asarray(value) for value in reference.run(names, {name: images})]
+
+    return by_reference
+
+
+def cpu_session(model: ModelProto | Path, *, threads: int = 1, optimize: bool = True) -> Any:
+    """An onnxruntime session on the CPU, quiet, for a model or (needed above 2 GB) its file.
+
+    Raises:
+        RuntimeUnavailable: onnxruntime is not installed.
+    """
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Waiting threads would take the cores of whatever else runs (training, decoding).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimize:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if isinstance(model, ModelProto) and model.ByteSize() >= MAX_SELF_CONTAINED_BYTES:
+        raise ValueError("a model above 2 GB must be given as a file")
+    content = model.SerializeToString() if isinstance(model, ModelProto) else str(model)
+    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
