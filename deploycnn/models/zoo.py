@@ -1,0 +1,41 @@
+"""The project's own models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from torch import nn
+
+from deploycnn.errors import SourceError, nearest
+from deploycnn.models.cifar_resnet import CifarResNet
+from deploycnn.models.lenet import LeNet5
+from deploycnn.models.small_mobilenet import SmallMobileNetV2
+from deploycnn.models.small_vgg import SmallVGG16BN
+
+#: Name -> builder with the keyword arguments ``num_classes`` and ``in_channels``. A trailing ``b`` means
+#: projection shortcuts (option B) in place of zero channels (option A).
+BUILDERS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {
+        "lenet5": LeNet5,
+        **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+        **{f"resnet{depth}b": partial(CifarResNet, depth, option="B") for depth in (20, 32, 44, 56, 110)},
+        "vgg16_bn": SmallVGG16BN,
+        "mobilenet_v2": SmallMobileNetV2,
+    }
+)
+
+#: Image height and width that the models were made for.
+INPUT_SIZE = (32, 32)
+
+
+def build(name: str, *, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """A zoo model with random weights, drawn from PyTorch's global generator.
+
+    Raises:
+        SourceError: there is no such model; names the nearest.
+    """
+    if name not in BUILDERS:
+        raise SourceError(f'zoo: unknown model "{name}"; {nearest(name, BUILDERS)}')
+    return BUILDERS[name](num_classes=num_classes, in_channels=in_channels)
