@@ -1,0 +1,224 @@
+"""PyTorch, eager and compiled, on the CPU and on NVIDIA GPUs.
+
+PyTorch's thread count is a setting of the process, so a session sets its own before each call if another
+session (or anything else) has changed it meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deploycnn import optional
+from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
+from deploycnn.runtimes.common import check_file, check_images, check_request, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from deploycnn.core import Artifact, Format
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyTorch(Runtime):
+    """Torch artifacts in PyTorch: ``eager`` and ``compiled`` on the CPU, or on a GPU with ``-cuda`` behind.
+
+    On CUDA the timed call includes the copies of inputs and outputs and the synchronization.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ("eager", "compiled", "eager-cuda", "compiled-cuda")
+    accepts: ClassVar[tuple[Format, ...]] = ("torch",)
+
+    mode: str = "eager"
+
+    def availability(self) -> Availability:
+        """Whether PyTorch loads, and has the GPU and the compiler that the mode needs."""
+        try:
+            torch = optional.require("torch")
+            _require(torch, self.mode)
+        except RuntimeUnavailable as error:
+            why, _, mend = str(error).partition("; ")
+            return Availability(ok=False, why=why, mend=mend)
+        return Availability(ok=True, version=torch.__version__)
+
+    def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> Session:
+        """Load a torch artifact; in the compiled modes, compile it for this batch size and thread count.
+
+        Raises:
+            RuntimeUnavailable: no GPU or no C++ compiler where the mode needs one.
+            ArtifactError: damaged, or not compilable to one graph.
+        """
+        check_request(batch_size, threads)
+        check_file(artifact, self.accepts, "pytorch")
+        torch = optional.require("torch")
+        _require(torch, self.mode)
+        from deploycnn.models.artifact import load_model
+
+        device = "cuda:0" if self.mode.endswith("cuda") else "cpu"
+        model = load_model(artifact.path).to(device).eval()
+        shape = artifact.inputs[0].shape if artifact.inputs else (None, None, None, None)
+        # a graph that takes part in autograd, or trains its batch norms, is not what is deployed
+        model.requires_grad_(False)
+        session = _TorchSession(model, artifact.path, (None, *shape[1:]), device, threads)
+        if self.mode.startswith("compiled"):
+            fixed = [axis for axis in shape[1:] if isinstance(axis, int)]
+            if len(fixed) != 3:
+                raise ArtifactError(
+                    f"{artifact.path}: its image size is not stated, so it cannot be compiled ahead"
+                )
+            session.compile((batch_size, *fixed))
+        return session
+
+
+class _TorchSession(Session):
+    def __init__(
+        self, model: torch.nn.Module, path: Path, shape: tuple[int | None, ...], device: str, threads: int
+    ) -> None:
+        import torch
+
+        self._model: Any = model
+        self._path = path
+        self._shape = shape
+        self._device = device
+        self._threads = threads
+        self._pin_threads()
+        self.executed = Executed(
+            provider=device, precision=_precision(device), threads=torch.get_num_threads()
+        )
+
+    def _pin_threads(self) -> None:
+        import torch
+
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+
+    def compile(self, shape: tuple[int, ...]) -> None:
+        """Replace the model by its compiled form for inputs of ``shape``; compiled now, not when timed.
+
+        Compiled code is cached per code object, and after eight recompilations of one object PyTorch silently
+        goes on in eager mode. Sessions are re-created more often than that, so each gets a code object of its
+        own; ``fullgraph`` turns the remaining ways of running partly in eager mode into errors.
+
+        Raises:
+            ArtifactError: it cannot be compiled to one graph.
+        """
+        import torch
+        from torch._dynamo.exc import TorchDynamoException
+
+        model = self._model
+
+        def call(images: torch.Tensor) -> Any:
+            return model(images)
+
+        # made outside inference mode, as the images are: the other kind of tensor would be compiled for again
+        example = torch.zeros(shape, device=self._device)
+        own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+        self._model = torch.compile(own, fullgraph=True, dynamic=False)
+        try:
+            with torch.inference_mode():
+                self._model(example)
+        except TorchDynamoException as error:
+            raise ArtifactError(
+                f"{self._path}: torch.compile cannot compile it to one graph ({one_line(error, 200)}); "
+                "use pytorch:eager"
+            ) from error
+
+    def run(self, images_NCHW: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
+        """Outputs in the model's order, as float32.
+
+        Raises:
+            ArtifactError: the images do not fit the input.
+        """
+        import torch
+
+        self._pin_threads()
+        images = torch.tensor(check_images(self._path, self._shape, images_NCHW), device=self._device)
+        with torch.inference_mode():
+            try:
+                outputs = _tensors(self._model(images))
+            except RuntimeError as error:
+                given = " x ".join(map(str, images_NCHW.shape))
+                raise ArtifactError(f"{self._path}: fails on images of {given}: {one_line(error)}") from error
+        return [output.float().cpu().numpy() for output in outputs]
+
+    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], None]:
+        """A forward pass in inference mode on a tensor made here."""
+        import torch
+
+        images = torch.tensor(check_images(self._path, self._shape, images_NCHW))
+        model, pin = self._model, self._pin_threads
+
+        def on_cpu() -> None:
+            pin()
+            with torch.inference_mode():
+                model(images)
+
+        def on_cuda() -> None:
+            pin()
+            with torch.inference_mode():
+                # copying an output to the host waits until it is complete
+                for output in _tensors(model(pinned.to(self._device, non_blocking=True))):
+                    output.cpu()
+
+        if self._device == "cpu":
+            return on_cpu
+        pinned = images.pin_memory()
+        return on_cuda
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """All tensors of a model's output, in order, through lists, tuples and dicts."""
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in _tensors(value)]
+    if isinstance(output, Sequence):
+        return [tensor for value in output for tensor in _tensors(value)]
+    return [output]
+
+
+def _precision(device: str) -> str:
+    """FP32 models compute in f32, except that PyTorch lets cuDNN round convolutions' inputs to TF32."""
+    import torch
+
+    if device == "cpu" or torch.cuda.get_device_capability(0) < (8, 0):
+        return "f32"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "f32"
+
+
+def _require(torch: types.ModuleType, mode: str) -> None:
+    if mode.endswith("cuda") and not torch.cuda.is_available():
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU-only build"
+        raise RuntimeUnavailable(
+            f"pytorch:{mode}: PyTorch {torch.__version__} ({built}) finds no usable CUDA device; "
+            "check `nvidia-smi` and that the driver is new enough, or use another mode"
+        )
+    if mode == "compiled":
+        missing = missing_for_compile(os.environ)
+        if missing:
+            raise RuntimeUnavailable(
+                f"pytorch:compiled: torch.compile needs {missing} here; install it "
+                "(Debian, Ubuntu: apt install g++ python3-dev) or use pytorch:eager"
+            )
+
+
+def missing_for_compile(environ: Mapping[str, str]) -> str | None:
+    """What torch.compile's CPU backend lacks here, a C++ compiler or Python's headers; else ``None``."""
+    compiler = environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler, path=environ.get("PATH")) is None:
+        return f'a C++ compiler ("{compiler}" is not found)'
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return f"Python's headers ({sysconfig.get_path('include')}/Python.h is not there)"
+    return None
