@@ -25,7 +25,10 @@ KINDS = {
 }
 
 #: Files in those packages that are not components. A leading underscore also hides a file.
-HELPERS = frozenset({"base", "preprocessing", "loader", "index", "augment", "common"})
+HELPERS = frozenset(
+    {"base", "preprocessing", "loader", "index", "augment", "common"}
+    | {"cache", "calibration", "decoding", "files", "opening", "pixels", "scan", "splitting", "summary"}
+)
 
 
 @functools.cache
