@@ -1,7 +1,7 @@
 """CIFAR ResNets of He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), section 4.2.
 
-Module names are those of the widely used CIFAR ResNet checkpoints (``conv1``, ``bn1``, ``layer1.0.conv1``, ...,
-``linear``), so that these load as they are.
+Module names are those of the widely used CIFAR ResNet checkpoints (``conv1``, ``bn1``, ``layer1.0.conv1``,
+..., ``linear``), so that these load as they are.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class PadShortcut(nn.Module):
     """Option-A shortcut: take every ``stride``-th pixel and put zero channels around the input's channels.
 
     Input (N, in_channels, H, W) -> output (N, channels_before + in_channels + channels_after, H', W') with
-    H' = ceil(H / stride). Input channel ``i`` lands on output channel ``channels_before + i``. The three integers
-    are the whole geometry: a pruner that removes input channel ``i`` together with output channel
+    H' = ceil(H / stride). Input channel ``i`` lands on output channel ``channels_before + i``. The three
+    integers are the whole geometry: a pruner that removes input channel ``i`` together with output channel
     ``channels_before + i``, or removes zero channels, only has to change them.
     """
 

@@ -1,7 +1,7 @@
 """MobileNetV2 for small images.
 
-Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (CVPR 2018), table 2, with the first two
-downsamplings left out, as is usual for 32x32 images. Module names are torchvision's.
+Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (CVPR 2018), table 2, with the first
+two downsamplings left out, as is usual for 32x32 images. Module names are torchvision's.
 """
 
 from __future__ import annotations

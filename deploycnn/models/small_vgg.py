@@ -1,7 +1,7 @@
 """VGG-16 with batch normalization for small images.
 
-Configuration D of Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015). Five poolings bring 32x32
-down to 1x1, so that one linear layer takes the place of the three of 4096 units.
+Configuration D of Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015). Five poolings bring
+32x32 down to 1x1, so that one linear layer takes the place of the three of 4096 units.
 """
 
 from __future__ import annotations
