@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from deploycnn.report.words import duration
+
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress, TaskID
@@ -38,20 +40,6 @@ def one_line(text: object) -> str:
     spaced = "".join(" " if char in "\n\r\t\v\f\x85\u2028\u2029" else char for char in str(text))
     kept = (char for char in spaced if unicodedata.category(char) not in {"Cc", "Cf", "Cs"})
     return " ".join("".join(kept).split())
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them.
-
-    >>> [duration(value) for value in (0.04, 7.25, 75, 3700)]
-    ['0.0 s', '7.2 s', '1 min 15 s', '1 h 02 min']
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def is_plain(stream: TextIO) -> bool:

@@ -184,8 +184,8 @@ class Measurement(TypedDict):
     """One (variant, runtime:mode, executed precision, batch size, threads).
 
     ``reference`` is the ``id`` of the row that ``ratio`` compares with (null on the reference itself);
-    ``disturbance`` says in words what the machine did meanwhile that makes the row less trustworthy; ``top1`` is
-    this runtime's own, where it was measured on several.
+    ``disturbance`` says in words what the machine did meanwhile that makes the row less trustworthy; ``top1``
+    is this runtime's own, where it was measured on several.
     """
 
     id: _Name

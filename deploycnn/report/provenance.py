@@ -1,0 +1,156 @@
+"""How a variant was made, in words: from the records that its passes left.
+
+Four keys of a record are known here and drawn: ``history``, ``widths``, ``parity`` and ``calibration``; every
+other key is told as it is, so that a new pass needs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deploycnn.report import words
+from deploycnn.report.schema import Report, Step, Variant
+
+#: A record's value longer than this is cut: the manifest has all of it.
+_LONGEST = 400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Width:
+    """Channels of one layer, before and after pruning; shares in percent of the widest and of ``before``."""
+
+    layer: str
+    before: int
+    after: int
+    before_share: float
+    kept_share: float
+
+
+def widths(record: Mapping[str, Any]) -> list[Width]:
+    """The pruned widths of a record, in its order; empty where there are none."""
+    found = record.get("widths")
+    if not isinstance(found, Mapping):
+        return []
+    pairs = [(str(layer), *_pair(value)) for layer, value in found.items()]
+    widest = max((before for _, before, _ in pairs), default=0) or 1
+    return [
+        Width(
+            layer=layer,
+            before=before,
+            after=after,
+            before_share=round(100 * before / widest, 1),
+            kept_share=round(100 * after / before, 1) if before else 0.0,
+        )
+        for layer, before, after in pairs
+    ]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    before, after = (value["before"], value["after"]) if isinstance(value, Mapping) else value
+    return int(before), int(after)
+
+
+def history(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The training history of a record; empty where there is none."""
+    found = record.get("history")
+    return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+
+
+def step_facts(step: Step) -> list[tuple[str, str]]:
+    """What a step's record says beside what is drawn, parity and calibration first."""
+    record = step["record"]
+    first = [key for key in ("parity", "calibration") if key in record]
+    rest = [key for key in record if key not in {*first, "history", "widths"}]
+    return [(label(key), _shorten(words.flat(record[key]))) for key in (*first, *rest)]
+
+
+def variant_facts(report: Report, variant: Variant) -> list[tuple[str, str]]:
+    """Facts of a variant that the summary table has no room for."""
+    found = []
+    if variant["parity"] is not None:
+        found.append(("parity", _shorten(words.flat(variant["parity"]))))
+    if variant["val_top1_drop"] is not None:
+        bounds = variant["val_top1_drop_interval"]
+        interval = f" ({words.change_interval(bounds)})" if bounds else ""
+        found.append(("change on val", f"{words.change(variant['val_top1_drop'])} points{interval}"))
+    if variant["mcnemar_p"] is not None:
+        found.append(("McNemar p", words.significant(variant["mcnemar_p"])))
+    if variant["size_bytes"] is not None:
+        found.append(("size on disk", f"{variant['size_bytes']:,} bytes"))
+    base = next(other for other in report["variants"] if other["name"] == report["baseline"]["variant"])
+    for key, title in (("params", "parameters"), ("macs", "MACs")):
+        value, reference = variant.get(key), base.get(key)
+        if isinstance(value, int):
+            less = (
+                f" ({reference / value:.2f}x fewer)"
+                if isinstance(reference, int) and 0 < value < reference
+                else ""
+            )
+            found.append((title, f"{value:,}{less}"))
+    return found
+
+
+def flips(variant: Variant) -> Iterator[tuple[str, list[str], int]]:
+    """Images that changed sides: (title, names, how many more there are)."""
+    flipped = variant["flipped"]
+    if flipped is None:
+        return
+    for kind, title in (
+        ("right_to_wrong", "right before, wrong now"),
+        ("wrong_to_right", "wrong before, right now"),
+    ):
+        images = flipped["right_to_wrong"] if kind == "right_to_wrong" else flipped["wrong_to_right"]
+        if images["count"]:
+            more = max(0, images["count"] - len(images["names"]))
+            yield f"{words.plural(images['count'], 'test image')} {title}", images["names"], more
+
+
+def first_use(report: Report) -> dict[str, str]:
+    """Step key -> the variant that told about it first: shared prefixes are told once."""
+    found: dict[str, str] = {}
+    for variant in report["variants"]:
+        for step in variant["provenance"]:
+            found.setdefault(step["key"], variant["name"])
+    return found
+
+
+def nested_facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as flat (key, value) pairs."""
+    found: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{label(key)}"
+        if isinstance(value, Mapping) and value:
+            found += nested_facts(value, f"{name}: ")
+        else:
+            found.append((name, _shorten(words.flat(value))))
+    return found
+
+
+def data_facts(report: Report) -> list[tuple[str, str]]:
+    """The dataset in words; empty without data."""
+    data = report["data"]
+    if data is None:
+        return []
+    counts = ", ".join(f"{name} {count}" for name, count in data["counts"].items())
+    found = [
+        ("dataset", data["name"]),
+        ("images", counts),
+        (
+            words.plural(len(data["classes"]), "class").replace("classs", "classes"),
+            ", ".join(data["classes"]),
+        ),
+        ("fingerprint", data["fingerprint"]),
+    ]
+    preprocessing = data.get("preprocessing")
+    return found + (nested_facts(preprocessing, "preprocessing: ") if preprocessing else [])
+
+
+def label(key: object) -> str:
+    """A JSON key as people read it."""
+    return str(key).replace("_", " ")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
