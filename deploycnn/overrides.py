@@ -10,6 +10,22 @@ from deploycnn import schema
 from deploycnn.errors import RecipeError, nearest
 
 
+def apply(
+    raw: dict[str, Any], settings: Sequence[str], *, data: Path | str | None, weights: Path | str | None
+) -> None:
+    """Apply ``--set``, ``--data`` and ``--weights`` to a recipe's plain values, in place.
+
+    Raises:
+        RecipeError: a setting has no value, its path leads nowhere, or the source takes no weights.
+    """
+    for setting in settings:
+        apply_setting(raw, setting)
+    if data is not None:
+        replace_data(raw, Path(data))
+    if weights is not None:
+        replace_weights(raw, Path(weights))
+
+
 def apply_setting(raw: dict[str, Any], setting: str) -> None:
     """Apply one ``a.b.0.c=value`` to a recipe's plain values, in place.
 

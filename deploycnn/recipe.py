@@ -6,6 +6,8 @@ folder; paths given with ``--set``, ``--data`` and ``--weights`` are relative to
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +45,10 @@ class Profile:
     threads: Annotated[
         tuple[Annotated[int, Ge(1)] | Literal["all"], ...], MinLen(1), "CPU threads; the first decides."
     ] = (1, "all")
-    budget_s: Annotated[float, Gt(0), "Seconds of timing for each batch size and thread count."] = 60.0
-    rounds: Annotated[int, Ge(3), "How often all sessions are created anew."] = 8
+    budget_s: Annotated[
+        float, Gt(0), "Seconds of timing for each model, runtime, batch size and thread count."
+    ] = 6.0
+    rounds: Annotated[int, Ge(6), "How often sessions are opened anew, at most; more make intervals narrower."] = 20
     accuracy: Annotated[bool, "Measure accuracy on val and test with every runtime."] = True
     memory: Annotated[bool, "Measure peak memory, each in a process of its own."] = True
 
@@ -132,13 +136,53 @@ def load(
         raise RecipeError(
             f"{path}: a recipe is a mapping with the keys {', '.join(REQUIRED)}; got {type(raw).__name__}"
         )
-    for override in overrides:
-        edits.apply_setting(raw, override)
-    if data is not None:
-        edits.replace_data(raw, Path(data))
-    if weights is not None:
-        edits.replace_weights(raw, Path(weights))
+    edits.apply(raw, overrides, data=data, weights=weights)
     return parse(raw, base=path.absolute().parent, default_name=path.stem, where=str(path))
+
+
+def load_values(
+    values: Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    data: Path | str | None = None,
+    weights: Path | str | None = None,
+) -> Recipe:
+    """Like :func:`load`, for a recipe given as plain values; relative paths are taken from the working directory.
+
+    Raises:
+        RecipeError: it is wrong.
+    """
+    raw = copy.deepcopy(dict(values))
+    edits.apply(raw, overrides, data=data, weights=weights)
+    return parse(raw, base=Path.cwd())
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every default written out, every path absolute, ready to be run again."""
+    import yaml
+
+    return yaml.safe_dump(dict(recipe.raw), sort_keys=False, allow_unicode=True, width=100)
+
+
+def only(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The same recipe with just these variants and those that they refer to.
+
+    Raises:
+        RecipeError: a variant does not exist.
+    """
+    known = [variant.name for variant in recipe.variants]
+    wanted: list[str] = []
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name not in known:
+            raise RecipeError(f'no variant "{name}"; {nearest(name, known)}')
+        if name not in wanted:
+            wanted.append(name)
+            pending += [other for _, step in recipe.variant(name).passes for other in step.references()]
+    kept = tuple(variant for variant in recipe.variants if variant.name in wanted)
+    baseline = recipe.baseline if recipe.baseline in wanted else kept[0].name
+    return _with_raw(dataclasses.replace(recipe, variants=kept, baseline=baseline))
 
 
 def parse(raw: Mapping[str, Any], *, base: Path, default_name: str = "run", where: str = "recipe") -> Recipe:
@@ -266,8 +310,6 @@ def _kind_and_options(raw: object, where: str, example: str) -> tuple[str, objec
 
 def _with_raw(recipe: Recipe) -> Recipe:
     """Fill in ``raw`` with every default written out."""
-    import dataclasses
-
     kind, source = recipe.source
     options = schema.to_json(source)
     raw: dict[str, Any] = {

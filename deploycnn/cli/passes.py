@@ -27,7 +27,11 @@ def command(name: str | None) -> None:
     rows = schema.describe(cls)
     width = max((len(row[0]) for row in rows), default=0)
     for field, type_, default, text in rows:
-        click.echo(f"\n  {field:<{width}}  {type_}, default {default}" if default != "required" else f"\n  {field:<{width}}  {type_}, required")
+        click.echo(
+            f"\n  {field:<{width}}  {type_}, default {default}"
+            if default != "required"
+            else f"\n  {field:<{width}}  {type_}, required"
+        )
         if text:
             click.echo(click.wrap_text(text, width=78, initial_indent="    ", subsequent_indent="    "))
 

@@ -1,0 +1,100 @@
+"""Classify image files with the model beside this script.
+
+    python predict.py image.jpg [more images]
+
+Needs numpy, Pillow and onnxruntime (or openvino). The preprocessing is the one that the model was trained,
+calibrated and measured with; it is read from deploy.json.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FILTERS = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "nearest": "NEAREST", "area": "BOX"}
+
+
+def prepare(picture, spec):
+    """A PIL image as float32 input of shape (1, C, H, W)."""
+    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    if spec["channels"] == "gray":
+        picture = picture.convert("L")
+    pixels = np.asarray(fit(picture, spec), dtype=np.uint8)
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if spec["channels"] == "bgr":
+        pixels = pixels[:, :, ::-1]
+    unit = pixels.astype(np.float64) / 255
+    if spec["scale"] == "signed":
+        unit = 2 * unit - 1
+    elif spec["scale"] == "standardize":
+        unit = (unit - np.array(spec["mean"])) / np.array(spec["std"])
+    return unit.astype(np.float32).transpose(2, 0, 1)[None]
+
+
+def fit(picture, spec):
+    """Bring an image to the declared size: squash, letterbox or center_crop."""
+    height, width = spec["size"]
+    filter_ = getattr(Image.Resampling, FILTERS[spec["interpolation"]])
+    if picture.size == (width, height) and spec["crop_ratio"] == 1:
+        return picture
+    if spec["resize"] == "squash":
+        return picture.resize((width, height), filter_)
+    if spec["resize"] == "letterbox":
+        factor = min(height / picture.height, width / picture.width)
+        new_h = min(height, max(1, round(picture.height * factor)))
+        new_w = min(width, max(1, round(picture.width * factor)))
+        pad = spec["pad_value"] if spec["channels"] == "gray" else (spec["pad_value"],) * 3
+        canvas = Image.new(picture.mode, (width, height), pad)
+        canvas.paste(picture.resize((new_w, new_h), filter_), ((width - new_w) // 2, (height - new_h) // 2))
+        return canvas
+    cover_h, cover_w = (math.floor(side / spec["crop_ratio"]) for side in (height, width))
+    if picture.height * cover_w <= picture.width * cover_h:
+        new_h, new_w = cover_h, max(cover_w, cover_h * picture.width // picture.height)
+    else:
+        new_h, new_w = max(cover_h, cover_w * picture.height // picture.width), cover_w
+    top, left = round((new_h - height) / 2), round((new_w - width) / 2)
+    return picture.resize((new_w, new_h), filter_).crop((left, top, left + width, top + height))
+
+
+def load(folder, runtime):
+    """The model as a function from input to logits."""
+    path = str(folder / "model.onnx")
+    if runtime.startswith("openvino"):
+        import openvino
+
+        hint = "bf16" if runtime.endswith(":bf16") else "f32"
+        model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        return lambda images: model(images)[0]
+    import onnxruntime
+
+    provider = "CUDAExecutionProvider" if runtime.endswith(":cuda") else "CPUExecutionProvider"
+    session = onnxruntime.InferenceSession(path, providers=[provider])
+    if session.get_providers()[0] != provider:
+        sys.exit(f"{provider} did not load; this model was measured on it")
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
+
+
+def main(paths):
+    """Print the class and its probability for each image."""
+    if not paths:
+        sys.exit(__doc__)
+    folder = Path(__file__).resolve().parent
+    deploy = json.loads((folder / "deploy.json").read_text())
+    if deploy["preprocessing"] is None:
+        sys.exit("deploy.json does not say how images are prepared for this model")
+    model = load(folder, deploy["runtime"] or "onnxruntime")
+    for path in paths:
+        with Image.open(path) as picture:
+            logits = model(prepare(picture, deploy["preprocessing"]))[0]
+        odds = np.exp(logits - logits.max())
+        best = int(odds.argmax())
+        name = deploy["classes"][best] if deploy["classes"] else best
+        print(f"{path}\t{name}\t{odds[best] / odds.sum():.3f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

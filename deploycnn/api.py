@@ -1,0 +1,313 @@
+"""The verbs as functions; the command line parses, calls these and prints.
+
+``compress`` makes and measures every variant of a recipe and names a winner; ``export`` stops at the artifacts and
+writes deploy bundles; ``profile`` measures files and runs that exist. Each resumes what an earlier call left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploycnn import bundle, evidence, files, measure
+from deploycnn import recipe as recipes
+from deploycnn import recipes as shipped
+from deploycnn.core import Artifact
+from deploycnn.errors import DeployCNNError, RecipeError, RuntimeUnavailable
+from deploycnn.events import Events, Silent
+from deploycnn.execute import Outcome, execute
+from deploycnn.plan import Plan, check_chains, plan
+from deploycnn.recipe import Recipe
+from deploycnn.store import Store, check_schema
+
+if TYPE_CHECKING:
+    from deploycnn.data.base import Data
+
+#: The recipe that runs where none is named.
+DEFAULT_RECIPE = "digits-resnet20"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: The run directory.
+        report: ``report.json`` as a dictionary.
+        problems: What failed or could not be measured though the recipe asked for it, a line each.
+    """
+
+    path: Path
+    report: Mapping[str, Any]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def winner(self) -> str | None:
+        """Name of the fastest variant within the budget, or ``None``."""
+        return self.report["winner"]["variant"] if self.report["winner"] else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStep:
+    """A line of the plan: one step of one variant, and whether it is there already."""
+
+    variant: str
+    step: str
+    key: str
+    state: str
+
+
+def load_recipe(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    data: Path | str | None = None,
+    weights: Path | str | None = None,
+) -> Recipe:
+    """A recipe from a file, the name of a shipped one, plain values, or a recipe.
+
+    Raises:
+        RecipeError: it does not exist or is wrong.
+    """
+    if isinstance(recipe, Recipe):
+        recipe = recipe.raw
+    if isinstance(recipe, Mapping):
+        return recipes.load_values(recipe, overrides=overrides, data=data, weights=weights)
+    path = Path(recipe)
+    if not path.exists() and path.name == str(recipe) and not path.suffix:
+        path = shipped.find(str(recipe))
+    return recipes.load(path, overrides=overrides, data=data, weights=weights)
+
+
+def compress(
+    recipe: Recipe | Mapping[str, Any] | Path | str = DEFAULT_RECIPE,
+    *,
+    out: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    data: Path | str | None = None,
+    weights: Path | str | None = None,
+    events: Events | None = None,
+) -> Run:
+    """Make every variant of a recipe, measure it here, and report.
+
+    Args:
+        recipe: A file, the name of a shipped recipe, plain values, or a :class:`Recipe`.
+        out: The run directory; ``runs/<recipe's name>`` by default.
+        overrides: ``key.path=value`` settings.
+        data: An image folder, or a zip of one, used instead of the recipe's data.
+        weights: A checkpoint used instead of the source's weights.
+        events: Told of progress.
+
+    Returns:
+        The run; ``problems`` says what failed. The baseline always worked.
+
+    Raises:
+        DeployCNNError: the recipe is wrong, or its baseline could not be made or measured.
+    """
+    events = events or Silent()
+    loaded = load_recipe(recipe, overrides=overrides, data=data, weights=weights)
+    check_chains(loaded)
+    measure.require_reference(loaded.runtimes)
+    with Store.open(_folder(loaded, out)) as store:
+        planned, outcome, opened = _make(loaded, store, events)
+        subjects = _subjects(loaded, planned, outcome)
+        measured = measure.measure(subjects, loaded, store, opened, events)
+        report = evidence.report(loaded, planned, outcome, measured, store, opened)
+        _write_report(store, report)
+        _write_winner(store, report, subjects)
+    _raise_bugs(outcome)
+    return Run(path=store.root, report=report, problems=_problems(outcome, planned, measured, loaded))
+
+
+def export(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    *,
+    variants: Sequence[str] = (),
+    out: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    data: Path | str | None = None,
+    weights: Path | str | None = None,
+    events: Events | None = None,
+) -> dict[str, Path]:
+    """Make the variants of a recipe and write a deploy bundle of each, without measuring.
+
+    Args:
+        recipe: As for :func:`compress`.
+        variants: Which ones; all by default.
+        out: The run directory; bundles go to its ``deploy/<variant>``.
+        overrides: ``key.path=value`` settings.
+        data: An image folder, or a zip of one, used instead of the recipe's data.
+        weights: A checkpoint used instead of the source's weights.
+        events: Told of progress.
+
+    Returns:
+        Variant name -> folder of its bundle.
+
+    Raises:
+        DeployCNNError: the recipe is wrong, there is no such variant, or one could not be made.
+    """
+    events = events or Silent()
+    loaded = load_recipe(recipe, overrides=overrides, data=data, weights=weights)
+    wanted = recipes.only(loaded, variants) if variants else loaded
+    check_chains(wanted)
+    bundles = {}
+    with Store.open(_folder(loaded, out)) as store:
+        planned, outcome, _ = _make(wanted, store, events)
+        _raise_bugs(outcome)
+        for name in variants or planned.chains:
+            key = planned.chains[name][-1]
+            if key in outcome.failures:
+                raise DeployCNNError(f"variant {name}: {outcome.failures[key]}")
+            artifact = outcome.artifacts[key]
+            if artifact.format != "onnx":
+                raise RecipeError(f"variants.{name}: ends in {artifact.format} format; add `export` to deploy it")
+            bundles[name] = store.root / "deploy" / name
+            bundle.write_bundle(bundles[name], artifact, variant=name, runtime=None, evidence={})
+    return bundles
+
+
+def dry_run(
+    recipe: Recipe | Mapping[str, Any] | Path | str = DEFAULT_RECIPE,
+    *,
+    out: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    data: Path | str | None = None,
+    weights: Path | str | None = None,
+) -> list[PlannedStep]:
+    """What ``compress`` would do, step by step, without doing or writing anything.
+
+    Raises:
+        DeployCNNError: the recipe or its data are wrong.
+    """
+    loaded = load_recipe(recipe, overrides=overrides, data=data, weights=weights)
+    check_chains(loaded)
+    folder = _folder(loaded, out)
+    check_schema(folder)
+    opened = open_data(loaded)
+    planned = plan(loaded, data_fingerprint=opened.fingerprint if opened else None)
+    store = Store(folder)
+    return _rows(planned, lambda key: "hit" if store.has(planned.step(key)) else "miss")
+
+
+def open_data(recipe: Recipe) -> Data | None:
+    """The recipe's images with their preprocessing, or ``None`` where it names none.
+
+    Raises:
+        DataError: the images are missing or unusable.
+        PreprocessingError: the preprocessing does not fit them.
+    """
+    if recipe.data is None:
+        return None
+    from deploycnn.data import opening
+
+    return opening.open_source(recipe.data[1], recipe.preprocessing)
+
+
+def _folder(recipe: Recipe, out: Path | str | None) -> Path:
+    return Path(out) if out is not None else Path("runs") / recipe.name
+
+
+def _make(recipe: Recipe, store: Store, events: Events) -> tuple[Plan, Outcome, Data | None]:
+    """Open data, plan, and make all artifacts."""
+    from deploycnn import environment
+
+    opened = open_data(recipe)
+    here = environment.detect()
+    planned = plan(
+        recipe,
+        data_fingerprint=opened.fingerprint if opened else None,
+        environment_fingerprint=here.fingerprint,
+    )
+    files.write_text(store.root / "recipe.yaml", recipes.dump(recipe))
+    files.write_json(store.root / "environments" / f"{here.fingerprint[:12]}.json", here.to_json())
+    _write_plan(store, planned, lambda key: "hit" if store.has(planned.step(key)) else "miss")
+    outcome = execute(recipe, planned, store, opened, events)
+    _write_plan(store, planned, outcome.state)
+    store.link_variants(planned)
+    return planned, outcome, opened
+
+
+def _rows(planned: Plan, state: Any) -> list[PlannedStep]:  # noqa: ANN401 - a function from key to word
+    return [
+        PlannedStep(variant=name, step=planned.step(key).name, key=key, state=state(key))
+        for name, keys in planned.chains.items()
+        for key in keys
+    ]
+
+
+def _write_plan(store: Store, planned: Plan, state: Any) -> None:  # noqa: ANN401 - a function from key to word
+    rows = _rows(planned, state)
+    width = max(len(row.variant) for row in rows)
+    lines = [f"{row.variant:<{width}}  {row.step:<12}  {row.key[:12]}  {row.state}" for row in rows]
+    files.write_text(store.root / "plan.txt", "\n".join(lines) + "\n")
+
+
+def _subjects(recipe: Recipe, planned: Plan, outcome: Outcome) -> list[measure.Subject]:
+    """The variants that were made, ready to be measured.
+
+    Raises:
+        DeployCNNError: the baseline is not among them; there is nothing to compare with.
+    """
+    _raise_baseline(recipe, planned, outcome)
+    return [
+        measure.Subject(name=name, artifact=outcome.artifacts[keys[-1]])
+        for name, keys in planned.chains.items()
+        if keys[-1] in outcome.artifacts
+    ]
+
+
+def _raise_baseline(recipe: Recipe, planned: Plan, outcome: Outcome) -> None:
+    failure = outcome.failures.get(planned.chains[recipe.baseline][-1])
+    if failure is None:
+        return
+    _raise_bugs(outcome)
+    raise DeployCNNError(f"baseline {recipe.baseline}: {failure}")
+
+
+def _raise_bugs(outcome: Outcome) -> None:
+    """Our own faults keep their traceback."""
+    if outcome.bugs:
+        raise outcome.bugs[0]
+
+
+def _problems(outcome: Outcome, planned: Plan, measured: measure.Measured, recipe: Recipe) -> tuple[str, ...]:
+    problems = [
+        f"variant {name}: {outcome.failures[keys[-1]]}"
+        for name, keys in planned.chains.items()
+        if keys[-1] in outcome.failures
+    ]
+    asked = set(recipe.profile.runtimes)
+    problems += [f"{spec}: {why}" for spec, why in measured.unavailable.items() if spec in asked]
+    return tuple(problems)
+
+
+def _write_report(store: Store, report: Mapping[str, Any]) -> None:
+    from deploycnn.report import write_reports
+
+    with files.storage_errors(store.root):
+        write_reports(store.root, report)
+
+
+def _write_winner(store: Store, report: Mapping[str, Any], subjects: Sequence[measure.Subject]) -> None:
+    winner = report["winner"]
+    if winner is None:
+        return
+    artifact: Artifact = next(subject.artifact for subject in subjects if subject.name == winner["variant"])
+    if artifact.format != "onnx":
+        return
+    entry = next(variant for variant in report["variants"] if variant["name"] == winner["variant"])
+    kept = ("top1", "top1_interval", "top1_drop", "top1_drop_interval", "latency_ms", "speedup", "within_budget")
+    bundle.write_bundle(
+        store.root / "best",
+        artifact,
+        variant=winner["variant"],
+        runtime=winner["runtime"],
+        evidence={name: entry[name] for name in kept},
+    )
+
+
+__all__ = [
+    "PlannedStep", "Run", "RuntimeUnavailable", "compress", "dry_run", "export", "load_recipe", "open_data",
+]  # fmt: skip

@@ -1,0 +1,83 @@
+"""The deploy bundle: what a person copies to the machine that will serve the model.
+
+::
+
+    best/
+      model.onnx           with preprocessing and class names in its metadata
+      deploy.json          preprocessing, classes, input and output, runtime, evidence, sha256 of the model
+      predict.py           runs the model on image files; needs numpy, Pillow and the runtime, not deploycnn
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploycnn import __version__, files, schema
+from deploycnn.core import Artifact
+
+#: The script that goes into every bundle; a file of its own so that it is linted and tested as it ships.
+PREDICT = Path(__file__).with_name("_bundle") / "predict.py"
+
+
+def write_bundle(folder: Path, artifact: Artifact, *, variant: str, runtime: str | None, evidence: Mapping[str, Any]) -> None:
+    """Write the bundle of ``artifact`` to ``folder``, replacing an earlier one at once.
+
+    Args:
+        folder: Where it goes; made anew.
+        artifact: The model; its format must be ``onnx``.
+        variant: Name of the variant.
+        runtime: Runtime spec that it was measured fastest on, where it was measured.
+        evidence: The variant's entry in report.json, or what else is known of it.
+
+    Raises:
+        StorageError: no space or no permission.
+    """
+    if artifact.format != "onnx":
+        raise ValueError(f"a bundle holds an onnx model, not {artifact.format}")
+    with files.storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            model = staging / "model.onnx"
+            shutil.copyfile(artifact.path, model)
+            with model.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            description = {
+                "schema_version": 1,
+                "deploycnn": __version__,
+                "variant": variant,
+                "key": artifact.key,
+                "sha256": digest,
+                "runtime": runtime,
+                "preprocessing": artifact.facts.preprocessing,
+                "classes": list(artifact.facts.classes),
+                "inputs": schema.to_json(artifact.inputs),
+                "outputs": schema.to_json(artifact.outputs),
+                "evidence": dict(evidence),
+            }
+            (staging / "deploy.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            shutil.copyfile(PREDICT, staging / "predict.py")
+            staging.chmod(0o755)
+            files.sync_folder(staging)
+            _replace_folder(staging, folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Put ``new`` in the place of ``folder``; a kill in between leaves the old or the new one, or none."""
+    old = None
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old."))
+        os.replace(folder, old)  # an empty folder may be replaced by a rename
+    os.replace(new, folder)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
