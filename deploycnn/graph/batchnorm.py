@@ -1,8 +1,8 @@
 """Fold batch normalization into the convolution before it, in float64.
 
-A convolution y = W*x + b followed by inference batch norm z = scale * (y - mean) / sqrt(var + epsilon) + shift is
-the convolution with weights W * g and bias (b - mean) * g + shift, where g = scale / sqrt(var + epsilon) per output
-channel (Jacob et al. 2018, section 3.2).
+A convolution y = W*x + b followed by inference batch norm z = scale * (y - mean) / sqrt(var + epsilon) +
+shift is the convolution with weights W * g and bias (b - mean) * g + shift, where g = scale / sqrt(var +
+epsilon) per output channel (Jacob et al. 2018, section 3.2).
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploycnn.graph.model import attribute, consumers, initializers, producers
+from deploycnn.graph.model import (
+    attribute,
+    consumers,
+    infer_shapes,
+    initializers,
+    producers,
+    shape_of,
+    value_types,
+)
 from deploycnn.graph.names import unique
 
 Array = npt.NDArray[np.float64]
@@ -97,12 +105,10 @@ def fold_batchnorm(model: ModelProto) -> int:
 
 
 def batchnorm_to_depthwise(model: ModelProto) -> int:
-    """Turn the remaining 4-D batch norms into 1x1 depthwise convolutions, which have INT8 kernels; return how many.
+    """Turn the remaining 4-D batch norms into 1x1 depthwise convolutions; return how many.
 
-    Needs inferred shapes. Exact up to float32 rounding.
+    Convolutions have INT8 kernels, batch norms have none. Exact up to float32 rounding.
     """
-    from deploycnn.graph.model import infer_shapes, shape_of, value_types
-
     types = value_types(infer_shapes(model))
     graph = model.graph
     weights = initializers(graph)

@@ -1,7 +1,7 @@
 """Simplify an inference graph without changing what it computes.
 
-Every step is a plain rewrite of the ``ModelProto`` in place, so that names survive and the same input gives the same
-bytes. Quantize/dequantize pairs are never folded.
+Every step is a plain rewrite of the ``ModelProto`` in place, so that names survive and the same input gives
+the same bytes. Quantize/dequantize pairs are never folded.
 """
 
 from __future__ import annotations
@@ -47,10 +47,7 @@ def simplify(model: ModelProto) -> ModelProto:
     Local functions are inlined, initializers are no longer graph inputs, spatial means become
     ``GlobalAveragePool`` (which every runtime knows best, and which has an INT8 kernel).
     """
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    else:
-        model = _copy(model)
+    model = onnx.inliner.inline_local_functions(model) if model.functions else _copy(model)
     constants_to_initializers(model)
     drop_initializer_inputs(model)
     while _fold_static_shapes(model) + fold_constants(model) + remove_identities(model):
@@ -97,7 +94,8 @@ def constants_to_initializers(model: ModelProto) -> int:
 def _constant_tensor(node: NodeProto) -> TensorProto:
     (held,) = node.attribute
     if held.name == "value":
-        return held.t
+        tensor: TensorProto = held.t
+        return tensor
     value = helper.get_attribute_value(held)
     dtype = {
         "value_float": np.float32,
@@ -160,7 +158,7 @@ def evaluate(node: NodeProto, constants: dict[str, TensorProto], opset: int) -> 
 
 
 def _fold_static_shapes(model: ModelProto) -> int:
-    """Replace ``Shape`` (and ``Size``) of a tensor whose shape is fully known by a constant; return how many."""
+    """Replace ``Shape`` and ``Size`` of tensors whose shape is fully known by constants; return how many."""
     graph = model.graph
     shaped = [node for node in graph.node if node.op_type in {"Shape", "Size"}]
     if not shaped:
@@ -238,7 +236,7 @@ def remove_identities(model: ModelProto) -> int:
 
 
 def pool_spatial_means(model: ModelProto) -> int:
-    """Turn ``ReduceMean`` over H and W of a 4-D tensor into ``GlobalAveragePool`` (+ ``Flatten``); return how many."""
+    """Turn means over H and W of 4-D tensors into ``GlobalAveragePool`` (+ ``Flatten``); return how many."""
     graph = model.graph
     candidates = [node for node in graph.node if node.op_type == "ReduceMean"]
     if not candidates:

@@ -1,4 +1,4 @@
-"""PyTorch to ONNX by the dynamo exporter: clean, checked, readable, and the same bytes for the same weights."""
+"""PyTorch to ONNX by the dynamo exporter: clean, checked, readable; same weights make the same bytes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def export_onnx(
     preprocessing: Json | None = None,
     classes: Sequence[str] = (),
 ) -> ModelProto:
-    """Export a classifier: float32 images (N, C, H, W) -> logits (N, classes), with a dynamic N named ``batch``.
+    """Export a classifier: float32 images (N, C, H, W) -> logits (N, classes), N dynamic and named ``batch``.
 
-    Batch norms that follow a convolution are folded into it; others stay. Nodes are named after the modules they come
-    from. Nothing of this machine (paths, stack traces, times) gets into the file.
+    Batch norms that follow a convolution are folded into it; others stay. Nodes are named after the modules
+    they come from. Nothing of this machine (paths, stack traces, times) gets into the file.
 
     Args:
         model: On the CPU, in float32. It is exported in eval mode; its own mode is restored.
@@ -83,7 +83,8 @@ def _check_output(model: nn.Module, example: torch.Tensor) -> None:
         output = model(example)
     if not isinstance(output, torch.Tensor):
         raise PassRequirementError(
-            f"export: {type(model).__name__} returns {type(output).__name__}; it must return one tensor of logits"
+            f"export: {type(model).__name__} returns {type(output).__name__}; "
+            "it must return one tensor of logits"
         )
 
 

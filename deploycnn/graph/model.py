@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from deploycnn.core import TensorSpec
@@ -25,7 +25,8 @@ def load_onnx(path: Path) -> ModelProto:
     """Read a model with its external data.
 
     Raises:
-        ArtifactError: the file is missing, truncated or not ONNX, or its external data is missing or lies outside
+        ArtifactError: the file is missing, truncated or not ONNX, or its external data is missing or lies
+        outside
             the model's folder.
     """
     try:
@@ -47,7 +48,7 @@ def load_onnx(path: Path) -> ModelProto:
 
 
 def save_onnx(model: ModelProto, path: Path) -> int:
-    """Write ``model``, self-contained up to 2 GB and with one data file beside it above; return the bytes written."""
+    """Write ``model`` as one file (above 2 GB, with a data file beside it); return the bytes written."""
     if model.ByteSize() < MAX_SELF_CONTAINED_BYTES:
         path.write_bytes(model.SerializeToString(deterministic=True))
         return path.stat().st_size
@@ -158,3 +159,27 @@ def infer_shapes(model: ModelProto) -> ModelProto:
     if model.ByteSize() >= MAX_SELF_CONTAINED_BYTES:
         return inferred
     return onnx.shape_inference.infer_shapes(inferred, data_prop=True)
+
+
+def sort_nodes(model: ModelProto) -> None:
+    """Put the nodes into topological order, as ONNX demands; nodes that are in order keep theirs."""
+    graph = model.graph
+    nodes = list(graph.node)
+    made_by = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    ordered: list[int] = []
+    placed: set[int] = set()
+    for root in range(len(nodes)):
+        stack = [root]
+        while stack:
+            missing = [made_by[name] for name in names_used(nodes[stack[-1]]) if name in made_by]
+            missing = [index for index in missing if index not in placed and index != stack[-1]]
+            if missing:
+                stack.extend(missing)
+                continue
+            index = stack.pop()
+            if index not in placed:
+                placed.add(index)
+                ordered.append(index)
+    copies = [NodeProto.FromString(nodes[index].SerializeToString()) for index in ordered]
+    del graph.node[:]
+    graph.node.extend(copies)

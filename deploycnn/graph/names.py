@@ -47,8 +47,8 @@ def _module_path(node: NodeProto, parameters: Set[str]) -> str:
             return name.rpartition(".")[0]
     for entry in node.metadata_props:
         if entry.key == SCOPES:
-            scopes = ast.literal_eval(entry.value)
-            return str(scopes[-2]) if len(scopes) > 1 else ""
+            scopes: list[str] = ast.literal_eval(entry.value)
+            return scopes[-2] if len(scopes) > 1 else ""
     return ""
 
 
@@ -61,7 +61,7 @@ def _formal_inputs(node: NodeProto, opset: int) -> list[str]:
 
 
 def rename_after_modules(model: ModelProto, parameters: Iterable[str]) -> None:
-    """Name nodes ``<module path>/<operator>`` and values ``<node>_output_<i>``; constants after their consumer.
+    """Name nodes ``<module path>/<operator>``, values ``<node>_output_<i>``, constants after their consumer.
 
     Args:
         model: As the dynamo exporter made it; renamed in place. Graph inputs and outputs keep their names.

@@ -48,7 +48,7 @@ class Parity:
         top1_agreement: Share of images, in [0, 1], whose largest element of the first output is the same.
         batch_sizes: Batch sizes that were run, each over all images.
         images: How many images.
-        source: Where the images came from: "val images", "train images" or "random".
+        source: Where the images came from: "val images", "train images" or "random images".
         reference: What was taken as right: "pytorch" or "fp32 onnx".
         evaluator: What ran the graph: "onnxruntime" or "onnx.reference".
     """
@@ -82,9 +82,9 @@ class Parity:
             return
         raise ParityError(
             f"{what} differs from its {self.reference} reference by {self.max_abs_error:.3g} (relative "
-            f"{self.max_rel_error:.3g}; allowed {self.tolerance.absolute:g} + {self.tolerance.relative:g} * max|output|) "
-            f"on {self.images} {self.source} at batch sizes {', '.join(map(str, self.batch_sizes))}, "
-            f"top-1 agreement {self.top1_agreement:.3f}; report it, or raise the tolerance if that is acceptable"
+            f"{self.max_rel_error:.3g}; allowed {self.tolerance.absolute:g} + {self.tolerance.relative:g} * "
+            f"max|output|) on {self.images} {self.source} at batch sizes {', '.join(map(str, self.batch_sizes))}, "
+            f"top-1 agreement {self.top1_agreement:.3f}; raise the tolerance if that is acceptable"
         )
 
 
@@ -127,7 +127,7 @@ def measure_parity(
 
 
 def _errors(expected: Array, actual: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Per image: the largest absolute error and the largest expected magnitude. A wrong shape is infinitely wrong."""
+    """Per image: the largest absolute error (infinite for a wrong shape) and the largest expected magnitude."""
     right = expected.astype(np.float64).reshape(len(expected), -1)
     if expected.shape != actual.shape:
         return np.full(len(expected), np.inf), np.abs(right).max(axis=1)
@@ -141,7 +141,8 @@ def _largest(so_far: float, values: npt.NDArray[np.float64]) -> float:
 
 
 def _top1(outputs: Array) -> npt.NDArray[np.intp]:
-    return np.argmax(outputs.reshape(len(outputs), -1), axis=1)
+    best: npt.NDArray[np.intp] = np.argmax(outputs.reshape(len(outputs), -1), axis=1)
+    return best
 
 
 def _chunks(images: npt.NDArray[np.float32], size: int) -> Iterator[npt.NDArray[np.float32]]:
@@ -157,8 +158,9 @@ def evaluator_name() -> str:
 def evaluator(
     model: ModelProto | Path, *, threads: int = 1, outputs: Sequence[str] | None = None
 ) -> Evaluate:
-    """A function that runs an ONNX model with one image input: by onnxruntime where installed, else by the slow
-    reference implementation of ONNX.
+    """A function that runs an ONNX model with one image input.
+
+    By onnxruntime where it is installed, else by the slow reference implementation of ONNX.
 
     Args:
         model: The model, or its file (needed above 2 GB).

@@ -1,0 +1,294 @@
+"""FP32 to FP16 on the ONNX graph: weights and activations are halves, graph inputs and outputs stay float32.
+
+Which inputs of an operator may be FP16 is read from the operator's own ONNX schema (``Resize`` wants float32
+scales, ``DequantizeLinear`` makes float32 before opset 19), so nothing here is a list of special cases that
+ages. A node stays FP32 where its schema, its constants or its activations do not fit into FP16; casts are put
+only where a value crosses between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from deploycnn.core import Json
+from deploycnn.graph.cleanup import simplify
+from deploycnn.graph.model import (
+    infer_shapes,
+    initializers,
+    names_used,
+    opset_of,
+    subgraphs,
+    value_types,
+)
+from deploycnn.graph.names import name_nodes, rename_in_node, unique
+
+#: Largest finite FP16 number.
+HALF_MAX = 65504.0
+
+#: Rounding to normal FP16 numbers loses at most 2^-11 of each value. More than twice that, in norm, means
+#: that the tensor lives among the subnormal numbers (below 6.1e-5) or vanishes altogether.
+MAX_RELATIVE_ERROR = 2.0**-10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp16Record:
+    """What was converted.
+
+    Attributes:
+        converted: Number of nodes that compute in FP16.
+        casts: Number of casts inserted, those at graph inputs and outputs included.
+        kept: Name of each node left in FP32 -> why.
+    """
+
+    converted: int
+    casts: int
+    kept: Mapping[str, str]
+
+    def to_json(self) -> Json:
+        """The record kept with the artifact."""
+        return {"converted": self.converted, "casts": self.casts, "kept_fp32": dict(self.kept)}
+
+
+def convert_fp16(
+    model: ModelProto, *, keep_ops: Collection[str] = (), peaks: Mapping[str, float] | None = None
+) -> tuple[ModelProto, Fp16Record]:
+    """Convert a float32 model; graph inputs and outputs keep their names and types.
+
+    Args:
+        model: With any opset; not changed.
+        keep_ops: Operator types, or names of nodes, to leave in FP32.
+        peaks: Largest magnitude seen of each value, by name. Nodes that read or make one too large for FP16
+            stay in FP32.
+    """
+    source = simplify(model)
+    name_nodes(source)
+    kept = _nodes_to_keep(source, keep_ops, peaks or {})
+    rewriter = _Rewriter(source, kept)
+    converted = rewriter.rewrite()
+    onnx.checker.check_model(converted, full_check=True)
+    record = Fp16Record(converted=rewriter.converted, casts=rewriter.casts, kept=kept)
+    return converted, record
+
+
+def _nodes_to_keep(
+    model: ModelProto, keep_ops: Collection[str], peaks: Mapping[str, float]
+) -> dict[str, str]:
+    """Nodes that touch float32 values and must not be converted -> why."""
+    types = _element_types(model)
+    constants = initializers(model.graph)
+    opset = opset_of(model)
+    kept: dict[str, str] = {}
+    for node in model.graph.node:
+        touches = [name for name in (*node.input, *node.output) if types.get(name) == TensorProto.FLOAT]
+        if not touches and not any(True for _ in subgraphs(node)):
+            continue
+        if node.op_type in keep_ops or node.name in keep_ops:
+            kept[node.name] = "as asked"
+            continue
+        why = (
+            _schema_reason(node, types, opset)
+            or _constant_reason(node, constants)
+            or _peak_reason(touches, peaks)
+        )
+        if why:
+            kept[node.name] = why
+    return kept
+
+
+def _element_types(model: ModelProto) -> dict[str, int]:
+    types = {name: value.type.tensor_type.elem_type for name, value in value_types(model).items()}
+    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
+    return types
+
+
+def half_inputs(node: NodeProto, types: Mapping[str, int], opset: int) -> list[int]:
+    """Positions of the node's float32 inputs that its schema also accepts as FP16."""
+    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    allowed = {item.type_param_str: item.allowed_type_strs for item in schema.type_constraints}
+    positions = []
+    for position, name in enumerate(node.input):
+        formal = schema.inputs[min(position, len(schema.inputs) - 1)]
+        if types.get(name) == TensorProto.FLOAT and "tensor(float16)" in allowed.get(formal.type_str, ()):
+            positions.append(position)
+    return positions
+
+
+def _schema_reason(node: NodeProto, types: Mapping[str, int], opset: int) -> str:
+    if any(True for _ in subgraphs(node)):
+        return "control flow"
+    if any(name and not types.get(name) for name in (*node.input, *node.output)):
+        return "a type in it could not be inferred"
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return f'operator of the foreign domain "{node.domain}"'
+    halves = half_inputs(node, types, opset)
+    if not halves:
+        return "its specification takes float32 only"
+    bound = {schema.inputs[min(position, len(schema.inputs) - 1)].type_str for position in halves}
+    for position, name in enumerate(node.output):
+        formal = schema.outputs[min(position, len(schema.outputs) - 1)]
+        if types.get(name) == TensorProto.FLOAT and formal.type_str not in bound:
+            return "its specification makes float32"
+    return ""
+
+
+def _constant_reason(node: NodeProto, constants: Mapping[str, TensorProto]) -> str:
+    for position, name in enumerate(node.input):
+        if name not in constants or constants[name].data_type != TensorProto.FLOAT:
+            continue
+        content = numpy_helper.to_array(constants[name])
+        # A bound beyond FP16 clips nothing there, so it may saturate.
+        if node.op_type != "Clip" and overflows(content):
+            return f'constant "{name}" overflows FP16 (largest magnitude {np.abs(content).max():.3g})'
+        # A running variance is divided by, so each element matters by itself.
+        elementwise = node.op_type == "BatchNormalization" and position == 4
+        if vanishes(content, elementwise=elementwise):
+            return f'constant "{name}" is too small for FP16 (largest magnitude {np.abs(content).max():.3g})'
+    return ""
+
+
+def overflows(content: npt.NDArray[np.float32]) -> bool:
+    """Whether a finite element becomes infinite in FP16. Infinities stay what they are."""
+    finite = content[np.isfinite(content)]
+    return bool(finite.size and np.abs(finite).max() > HALF_MAX)
+
+
+def vanishes(content: npt.NDArray[np.float32], *, elementwise: bool = False) -> bool:
+    """Whether FP16's small exponent range costs more than its rounding does (see ``MAX_RELATIVE_ERROR``)."""
+    exact = content[np.isfinite(content) & (np.abs(content) <= HALF_MAX)].astype(np.float64)
+    if exact.size == 0 or not exact.any():
+        return False
+    errors = np.abs(exact - exact.astype(np.float16).astype(np.float64))
+    if elementwise:
+        return bool((errors > MAX_RELATIVE_ERROR * np.abs(exact)).any())
+    return bool(np.linalg.norm(errors) > MAX_RELATIVE_ERROR * np.linalg.norm(exact))
+
+
+def _peak_reason(names: list[str], peaks: Mapping[str, float]) -> str:
+    for name in names:
+        # 65520 and above rounds to infinity; anything past the largest finite number is already clipped.
+        if peaks.get(name, 0.0) > HALF_MAX:
+            return f'value "{name}" overflows FP16 (largest magnitude seen {peaks[name]:.3g})'
+    return ""
+
+
+class _Rewriter:
+    """Rewrites a simplified, named model node by node; casts a value when first needed in the other type."""
+
+    def __init__(self, source: ModelProto, kept: Mapping[str, str]) -> None:
+        self.model = ModelProto()
+        self.model.CopyFrom(source)
+        self.types = _element_types(source)
+        self.opset = opset_of(source)
+        self.kept = kept
+        self.constants = initializers(source.graph)
+        self.outputs = {value.name for value in source.graph.output}
+        self.taken = set(self.types)
+        self.nodes: list[NodeProto] = []
+        #: Float32 name of the source graph -> its name as float32 / as FP16 in the new graph.
+        self.floats = {value.name: value.name for value in source.graph.input}
+        self.halves: dict[str, str] = {}
+        self.converted = 0
+        self.casts = 0
+
+    def rewrite(self) -> ModelProto:
+        graph = self.model.graph
+        for node in self.model.graph.node:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            touches = any(self._is_float(name) for name in (*node.input, *node.output))
+            if node.name in self.kept or not touches:
+                self._keep(copy)
+            else:
+                self._convert(copy)
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(self.nodes)
+        graph.initializer.extend(self._constants())
+        return infer_shapes(self.model)
+
+    def _is_float(self, name: str) -> bool:
+        return self.types.get(name) == TensorProto.FLOAT
+
+    def _cast(self, name: str, target: str, to: int) -> None:
+        suffix = "fp16" if to == TensorProto.FLOAT16 else "fp32"
+        self.nodes.append(helper.make_node("Cast", [name], [target], name=f"{name}/Cast_{suffix}", to=to))
+        self.casts += 1
+
+    def _new_name(self, name: str, suffix: str) -> str:
+        fresh = unique(f"{name}_{suffix}", self.taken)
+        self.taken.add(fresh)
+        return fresh
+
+    def _as_half(self, name: str) -> str:
+        if name not in self.halves:
+            self.halves[name] = self._new_name(name, "fp16")
+            if name not in self.constants:
+                self._cast(self.floats[name], self.halves[name], TensorProto.FLOAT16)
+        return self.halves[name]
+
+    def _as_float(self, name: str) -> str:
+        if name not in self.floats:
+            if name in self.constants:
+                self.floats[name] = name
+            else:
+                self.floats[name] = self._new_name(name, "fp32")
+                self._cast(self.halves[name], self.floats[name], TensorProto.FLOAT)
+        return self.floats[name]
+
+    def _keep(self, node: NodeProto) -> None:
+        captured = {name for name in self._captured(node) if self._is_float(name)}
+        for name in captured | {name for name in node.input if self._is_float(name)}:
+            self._as_float(name)
+        outputs = list(node.output)
+        rename_in_node(
+            node, {name: self.floats[name] for name in captured | set(node.input) if name in self.floats}
+        )
+        for name in outputs:
+            if self._is_float(name):
+                self.floats[name] = name
+        self.nodes.append(node)
+
+    def _captured(self, node: NodeProto) -> set[str]:
+        return {
+            name
+            for name in names_used(node)
+            if name in self.halves or name in self.floats or name in self.constants
+        }
+
+    def _convert(self, node: NodeProto) -> None:
+        halves = set(half_inputs(node, self.types, self.opset))
+        for position, name in enumerate(node.input):
+            if self._is_float(name):
+                node.input[position] = self._as_half(name) if position in halves else self._as_float(name)
+        to_float = []
+        for position, name in enumerate(node.output):
+            if not self._is_float(name):
+                continue
+            # The name itself goes to the float32 value where that is a graph output.
+            self.halves[name] = self._new_name(name, "fp16") if name in self.outputs else name
+            node.output[position] = self.halves[name]
+            if name in self.outputs:
+                self.floats[name] = name
+                to_float.append(name)
+        self.nodes.append(node)
+        self.converted += 1
+        for name in to_float:
+            self._cast(self.halves[name], name, TensorProto.FLOAT)
+
+    def _constants(self) -> list[TensorProto]:
+        tensors = []
+        for name, tensor in self.constants.items():
+            if tensor.data_type != TensorProto.FLOAT or name in self.floats or name in self.outputs:
+                tensors.append(tensor)
+            if name in self.halves:
+                content = numpy_helper.to_array(tensor)
+                finite = np.where(np.isfinite(content), np.clip(content, -HALF_MAX, HALF_MAX), content)
+                tensors.append(numpy_helper.from_array(finite.astype(np.float16), self.halves[name]))
+        return tensors

@@ -1,0 +1,134 @@
+"""FP32 ONNX to FP16 ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt
+
+from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass
+from deploycnn.errors import PassRequirementError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp16(Pass):
+    """Cast weights and activations to FP16, keeping graph inputs and outputs FP32."""
+
+    consumes: ClassVar[Format | None] = "onnx"
+    produces: ClassVar[Format] = "onnx"
+
+    keep_fp32_ops: Annotated[tuple[str, ...], "Operator types, or names of nodes, to leave in FP32."] = ()
+    calibration_images: Annotated[
+        int,
+        Ge(0),
+        "Training images on which activations are checked for FP16's range; 0 checks weights only.",
+    ] = 32
+    relative_tolerance: Annotated[
+        float, Gt(0), "Largest error of an output as a share of the image's largest output."
+    ] = 0.02
+    parity_images: Annotated[int, Ge(1), "Images on which the graph is compared with its FP32 version."] = 16
+
+    def requires(self, source: Artifact) -> None:
+        """Refuse what is not FP32."""
+        if source.facts.precision != "fp32":
+            raise PassRequirementError(
+                f"fp16: the model is already {source.facts.precision}; put fp16 directly behind export"
+            )
+
+    def run(self, source: Artifact, ctx: Context) -> Draft:
+        """Write ``model.onnx``.
+
+        Raises:
+            PassRequirementError: the model is not a float32 classifier of images, or nothing in it can be
+            converted. ParityError: outputs differ from the FP32 graph's by more than the tolerance.
+            ArtifactError: the source's file cannot be read.
+        """
+        from deploycnn.graph.cleanup import simplify
+        from deploycnn.graph.fp16 import convert_fp16
+        from deploycnn.graph.model import is_quantized, load_onnx, runtime_inputs, save_onnx, tensor_specs
+        from deploycnn.graph.names import name_nodes
+        from deploycnn.graph.observe import image_input
+        from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
+        from deploycnn.graph.probe import parity_images
+
+        if ctx.data is not None:
+            ctx.data.preprocessing.check_same(source.facts.preprocessing, "fp16")
+        original = load_onnx(source.path)
+        if is_quantized(original):
+            raise PassRequirementError(
+                f"fp16: {source.path.name} is already quantized; give the float32 model"
+            )
+        full = simplify(original)
+        name_nodes(full)
+        _, (batch, *shape) = image_input(full)
+        ctx.progress(0, 2, "looking for values beyond FP16's range")
+        peaks = self._peaks(full, ctx)
+        converted, record = convert_fp16(full, keep_ops=self.keep_fp32_ops, peaks=peaks)
+        if not record.converted:
+            first = next(iter(record.kept.items()), ("it", "no float32 operator"))
+            raise PassRequirementError(
+                f"fp16: nothing can be converted ({first[0]}: {first[1]}); leave fp16 out"
+            )
+        path = ctx.output / MAIN_FILE["onnx"]
+        size = save_onnx(converted, path)
+        ctx.progress(1, 2, "comparing with FP32")
+        if ctx.data is None and None in shape:
+            raise PassRequirementError(
+                f"fp16: the image size is not known (input {shape}); name data in the recipe"
+            )
+        channels, height, width = (int(dim or 0) for dim in shape)
+        images, images_source = parity_images(
+            ctx.data, (channels, height, width), self.parity_images, ctx.seed
+        )
+        parity = measure_parity(
+            evaluator(source.path, threads=ctx.threads),
+            evaluator(path, threads=ctx.threads),
+            images if batch is None else images[: len(images) // batch * batch],
+            batch_sizes=(1, 5) if batch is None else (batch,),
+            tolerance=Tolerance(absolute=1e-3, relative=self.relative_tolerance),
+            source=images_source,
+            against="fp32 onnx",
+        )
+        parity.check("fp16: the FP16 graph")
+        ctx.progress(2, 2, "converted")
+        return Draft(
+            format="onnx",
+            inputs=tensor_specs(runtime_inputs(converted)),
+            outputs=tensor_specs(converted.graph.output),
+            facts=replace(
+                source.facts,
+                size_bytes=size,
+                precision="fp16",
+                record={
+                    "parity": parity.to_json(),
+                    "fp16": {**record.to_json(), "activations_checked": bool(peaks)},
+                },
+            ),
+        )
+
+    def _peaks(self, model: ModelProto, ctx: Context) -> dict[str, float]:
+        """Largest magnitude of each value on training images; empty without data."""
+        from deploycnn.graph.observe import float_values, observe
+        from deploycnn.graph.probe import calibration_batches
+
+        peaks: dict[str, float] = {}
+        if ctx.data is None or not self.calibration_images:
+            return peaks
+        observe(
+            model,
+            float_values(model),
+            calibration_batches(ctx.data, self.calibration_images, ctx.seed),
+            lambda name, content: peaks.update(
+                {
+                    name: max(
+                        peaks.get(name, 0.0), float(content.max(initial=0)), -float(content.min(initial=0))
+                    )
+                }
+            ),
+            threads=ctx.threads,
+        )
+        return peaks
