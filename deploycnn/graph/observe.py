@@ -155,15 +155,15 @@ def _check_images(batch: npt.NDArray[Any], shape: tuple[int | None, ...], name: 
         or any(want is not None and want != got for want, got in zip(shape[1:], batch.shape[1:], strict=True))
     ):
         raise PassRequirementError(
-            f'images of shape {batch.shape} and type {batch.dtype} do not fit input "{name}", which takes
-            float32 ' f"{shape}; give data with that preprocessing"
+            f'images of shape {batch.shape} and type {batch.dtype} do not fit input "{name}", '
+            f"which takes float32 {shape}; give data with that preprocessing"
         )
     finite = np.isfinite(batch).all(axis=(1, 2, 3))
     if not finite.all():
         bad = first + int(np.argmin(finite))
         raise PassRequirementError(
-            f'calibration image {bad} (input "{name}") holds NaN or infinity; mend the data or its
-            preprocessing'
+            f'calibration image {bad} (input "{name}") holds NaN or infinity; '
+            "mend the data or its preprocessing"
         )
 
 

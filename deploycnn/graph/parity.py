@@ -83,7 +83,7 @@ class Parity:
         raise ParityError(
             f"{what} differs from its {self.reference} reference by {self.max_abs_error:.3g} (relative "
             f"{self.max_rel_error:.3g}; allowed {self.tolerance.absolute:g} + {self.tolerance.relative:g} * "
-            f"max|output|) on {self.images} {self.source} at batch sizes {', '.join(map(str, self.batch_sizes))}, "
+            f"max|output|) on {self.images} {self.source} at batch sizes {list(self.batch_sizes)}, "
             f"top-1 agreement {self.top1_agreement:.3f}; raise the tolerance if that is acceptable"
         )
 
@@ -127,7 +127,7 @@ def measure_parity(
 
 
 def _errors(expected: Array, actual: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Per image: the largest absolute error (infinite for a wrong shape) and the largest expected magnitude."""
+    """Per image: the largest absolute error (infinite for a wrong shape) and largest expected magnitude."""
     right = expected.astype(np.float64).reshape(len(expected), -1)
     if expected.shape != actual.shape:
         return np.full(len(expected), np.inf), np.abs(right).max(axis=1)

@@ -31,7 +31,7 @@ class Int8(Pass):
 
     calibrator: Annotated[
         Literal["minmax", "entropy", "percentile"],
-        "Range of an activation: all values seen, that of least KL divergence, or all but the outermost share.",
+        "Range of activations: all values seen, that of least KL divergence, or all but the outermost.",
     ] = "minmax"
     percentile: Annotated[
         float,

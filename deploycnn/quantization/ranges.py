@@ -97,7 +97,7 @@ def percentile_range(statistics: Statistics, percentile: float) -> tuple[float, 
 
 
 def _cut(counts: npt.NDArray[np.float64], allowed: float) -> float:
-    """How many bins hold ``allowed`` counts, from the first on; a fraction of a bin holds that share of it."""
+    """How many bins hold ``allowed`` counts, from the first on, with a fraction of the last."""
     cumulative = np.cumsum(counts)
     index = int(np.searchsorted(cumulative, allowed, side="right"))
     if index == len(counts):
