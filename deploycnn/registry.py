@@ -27,7 +27,7 @@ KINDS = {
 #: Files in those packages that are not components. A leading underscore also hides a file.
 HELPERS = frozenset(
     {"base", "preprocessing", "loader", "index", "augment", "common"}
-    | {"cache", "calibration", "decoding", "files", "opening", "pixels", "scan", "splitting", "summary"}
+    | {"cache", "calibration", "decoding", "folders", "layout", "opening", "pixels", "scan", "splits", "summary", "views"}
 )
 
 

@@ -66,7 +66,7 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(ABC):
-    """Where images come from: ``data/<name>.py``, written ``data: {<name>: {fields...}}`` or ``data: <name>``."""
+    """Where images come from: ``data/<name>.py``; written ``data: {<name>: {...}}`` or ``data: <name>``."""
 
     #: Preprocessing used where the recipe declares none.
     default_preprocessing: ClassVar[Preprocessing]

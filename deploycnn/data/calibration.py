@@ -11,8 +11,9 @@ from deploycnn.errors import DataError
 def calibration_indices(labels: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.int64]:
     """Choose images evenly over the classes.
 
-    Classes take turns, each giving its images in a random order of its own, until ``count`` are chosen; a class
-    with few images gives all that it has. A larger ``count`` only adds images to those of a smaller one.
+    Classes take turns, each giving its images in a random order of its own, until ``count`` are chosen; a
+    class with few images gives all that it has. A larger ``count`` only adds images to those of a smaller
+    one.
 
     Args:
         labels: Class of each image of the training split, shape (N,).

@@ -1,8 +1,8 @@
 """How an image becomes a model's input: one declared object that travels from training to deployment.
 
-Images enter as uint8 RGB, shape (H, W, 3). :meth:`Preprocessing.resize_image` makes them one size (still uint8, so
-that they can be cached and augmented), :meth:`Preprocessing.normalize` makes float32 NCHW of them. Resampling is
-Pillow's, which averages over all covered pixels when it shrinks an image.
+Images enter as uint8 RGB, shape (H, W, 3). :meth:`Preprocessing.resize_image` makes them one size (still
+uint8, so that they can be cached and augmented), :meth:`Preprocessing.normalize` makes float32 NCHW of them.
+Resampling is Pillow's, which averages over all covered pixels when it shrinks an image.
 
 Importing this module loads neither numpy nor Pillow.
 """
@@ -69,9 +69,11 @@ class Preprocessing:
     )
     resize: Annotated[
         Resize,
-        "squash: stretch to the size; letterbox: fit inside and pad; center_crop: cover and cut the middle out.",
+        "squash: stretch to the size; letterbox: fit inside and pad; center_crop: cover, cut out the middle.",
     ] = "squash"
-    scale: Annotated[Scale, "unit: to [0, 1]; signed: to [-1, 1]; standardize: by mean and std."] = "standardize"
+    scale: Annotated[Scale, "unit: to [0, 1]; signed: to [-1, 1]; standardize: by mean and std."] = (
+        "standardize"
+    )
     mean: Annotated[
         tuple[float, ...] | None, "Per channel, of pixels in [0, 1]; null: from the training split."
     ] = None
@@ -133,6 +135,16 @@ class Preprocessing:
         return self.scale != "standardize" or self.mean is not None
 
     @property
+    def resize_key(self) -> tuple[Any, ...]:
+        """What :meth:`resize_image` depends on; hashable."""
+        gray = self.channels == "gray"
+        return (self.size, self.resize, self.interpolation, self.pad_value, self.crop_ratio, gray)
+
+    def keeps(self, shape: tuple[int, ...]) -> bool:
+        """Whether :meth:`resize_image` leaves an image of this shape (H, W, 3) as it is."""
+        return shape == (*self.size, 3) and self.channels != "gray" and self.crop_ratio == 1
+
+    @property
     def fingerprint(self) -> str:
         """sha256 hex of all fields."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
@@ -156,12 +168,13 @@ class Preprocessing:
             if key not in known:
                 raise PreprocessingError(f"{where}.{key}: unknown key; {nearest(str(key), known)}")
         try:
-            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+            fields: dict[str, Any] = {str(key): item for key, item in value.items()}
+            return cls(**fields)
         except ValueError as error:
             raise PreprocessingError(f"{where}: {error}") from None
 
     def merged(self, options: Mapping[str, Any], where: str = "preprocessing") -> Preprocessing:
-        """A copy with ``options`` (plain JSON values) laid over it, as a recipe lays its own over a dataset's.
+        """A copy with ``options`` (plain JSON values) laid over it: a recipe's over a dataset's.
 
         Fields that belong to a scale or resize that ``options`` replaces go back to their defaults.
 
@@ -176,7 +189,11 @@ class Preprocessing:
         return Preprocessing.from_json({**fields, **options}, where)
 
     def check_same(self, other: Any, where: str) -> None:
-        """Check that ``other`` (``to_json()`` of what a model was made for; ``None`` where unknown) is this one.
+        """Check that a model was made for images prepared like this.
+
+        Args:
+            other: :meth:`to_json` of what it was made for; ``None``, where that is unknown, passes.
+            where: The model, for the error.
 
         Raises:
             PreprocessingError: it differs; names ``where`` and the fields with both values.
@@ -206,7 +223,7 @@ class Preprocessing:
 
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 RGB of shape (H, W, 3), got {image.dtype} {image.shape}")
-        if image.shape[:2] == self.size and self.channels != "gray" and self.crop_ratio == 1:
+        if self.keeps(image.shape):
             return image
         picture = Image.fromarray(image)
         if self.channels == "gray":
@@ -225,7 +242,9 @@ class Preprocessing:
             new_h, new_w = letterbox_size((picture.height, picture.width), self.size)
             pad = self.pad_value if self.channels == "gray" else (self.pad_value,) * 3
             canvas = Image.new(picture.mode, (width, height), pad)
-            canvas.paste(picture.resize((new_w, new_h), filter_), ((width - new_w) // 2, (height - new_h) // 2))
+            canvas.paste(
+                picture.resize((new_w, new_h), filter_), ((width - new_w) // 2, (height - new_h) // 2)
+            )
             return canvas
         new_h, new_w = covering_size((picture.height, picture.width), self.size, self.crop_ratio)
         top, left = round((new_h - height) / 2), round((new_w - width) / 2)
@@ -259,13 +278,14 @@ class Preprocessing:
 
     def apply(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """One uint8 RGB image of shape (H, W, 3) as a float32 input of shape (C, height, width)."""
-        return self.normalize(self.resize_image(image)[None])[0]
+        result: npt.NDArray[np.float32] = self.normalize(self.resize_image(image)[None])[0]
+        return result
 
     def resolve(self, train: Split) -> Preprocessing:
         """Fill in ``mean`` and ``std`` from the resized images of the training split, where they are missing.
 
-        The images are streamed. Sums of 8-bit pixels and of their squares are whole numbers, so the result does
-        not depend on the order of the images or on threads.
+        The images are streamed. Sums of 8-bit pixels and of their squares are whole numbers, so the result
+        does not depend on the order of the images or on threads.
 
         Raises:
             PreprocessingError: a channel is constant, so that it has no scale.
@@ -291,8 +311,8 @@ class Preprocessing:
         variance = [(pixels * int(q) - int(s) ** 2) / pixels**2 for s, q in zip(total, squares, strict=True)]
         if min(variance) <= 0:
             raise PreprocessingError(
-                "preprocessing.scale: standardize is impossible, as all training pixels of a channel are equal; "
-                "use scale: unit"
+                "preprocessing.scale: standardize is impossible, as all training pixels of a channel are "
+                "equal; use scale: unit"
             )
         std = [math.sqrt(v) / 255 for v in variance]
         if self.channels == "bgr":
