@@ -13,12 +13,11 @@ import os
 import shutil
 import sys
 import time
-import unicodedata
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from deploycnn.report.words import duration
+from deploycnn.report.words import clean, duration
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -33,13 +32,6 @@ REDRAWS_PER_SECOND = 8
 
 _MARKS = {"hit": ("=", "dim"), "done": ("✓", "green"), "failed": ("✗", "bold red")}
 _WORDS = {"hit": "cached", "done": "done", "failed": "FAILED"}
-
-
-def one_line(text: object) -> str:
-    """``text`` on one line, without control or formatting characters: safe to print wherever it came from."""
-    spaced = "".join(" " if char in "\n\r\t\v\f\x85\u2028\u2029" else char for char in str(text))
-    kept = (char for char in spaced if unicodedata.category(char) not in {"Cc", "Cf", "Cs"})
-    return " ".join("".join(kept).split())
 
 
 def is_plain(stream: TextIO) -> bool:
@@ -116,7 +108,7 @@ class Console:
 
     def step_started(self, title: str) -> None:
         """Show that a step runs."""
-        self._title = one_line(title)
+        self._title = clean(title)
         self._spoke = time.monotonic()
         if self._quiet:
             return
@@ -132,7 +124,7 @@ class Console:
         """Move the live line, or print a line when the last one is :data:`PLAIN_PROGRESS_SECONDS` old."""
         if self._quiet:
             return
-        said = one_line(message)
+        said = clean(message)
         if not self._plain:
             if self._live is not None and self._task is not None:
                 self._live.update(self._task, completed=done, total=total or None, message=said)
@@ -145,7 +137,7 @@ class Console:
 
     def step_finished(self, title: str, outcome: Outcome, seconds: float) -> None:
         """Leave one line that says how the step ended."""
-        name = one_line(title)
+        name = clean(title)
         took = "" if outcome == "hit" else f" ({duration(seconds)})"
         if self._live is not None and self._task is not None:
             self._live.remove_task(self._task)
@@ -173,9 +165,9 @@ class Console:
 
     def _say(self, kind: str, text: str, style: str) -> None:
         if self._plain:
-            self._line(kind, one_line(text))
+            self._line(kind, clean(text))
         else:
-            self._styled((f"{kind}: ", style), (one_line(text), "dim" if kind == "note" else ""))
+            self._styled((f"{kind}: ", style), (clean(text), "dim" if kind == "note" else ""))
 
     def _line(self, kind: str, text: str) -> None:
         echo(f"[{time.monotonic() - self._started:8.1f} s] {kind:<7} {text}", self._stream)

@@ -115,6 +115,8 @@ def _summary_row(report: Report, variant: Variant, tints: Mapping[str, str]) -> 
         "name": variant["name"],
         "won": _won(report, variant),
         "colour": tints[variant["name"]],
+        "status": variant["status"],
+        "why": variant["why"],
         "cells": summary.cells(report, variant),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deploycnn.report import prose, words
-from deploycnn.report.plots import colours, cut
+from deploycnn.report.plots import LABEL_CHARS, colours
 from deploycnn.report.scales import Axis, Box, Label, axis, place_labels
 from deploycnn.report.schema import Measurement, Report, Variant
 
@@ -102,7 +102,7 @@ def pareto(report: Report, width: float, height: float) -> Pareto | None:
         for row, variant, top1 in known
     )
     named = [
-        (point.x, point.y, cut(variant["name"]))
+        (point.x, point.y, words.cut(variant["name"], LABEL_CHARS))
         for point, (_, variant, _) in zip(points, known, strict=True)
         if point.main
     ]

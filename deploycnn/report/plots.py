@@ -23,11 +23,6 @@ def colours(report: Report) -> dict[str, str]:
     return {baseline: "base"} | {name: f"c{i % COLOURS}" for i, name in enumerate(others)}
 
 
-def cut(text: str) -> str:
-    """``text``, cut to what has room as a label."""
-    return text if len(text) <= LABEL_CHARS else text[: LABEL_CHARS - 1] + "…"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strip:
     """One latency distribution: ``bands`` (left, right) hold 98, 90 and 50% of the runs."""
@@ -113,7 +108,7 @@ def _strip(
     told = ", ".join(f"p{100 * p:g} {words.significant(value)}" for p, value in sorted(at.items()) if p < 1)
     return Strip(
         y=y,
-        name=cut(row["variant"]),
+        name=words.cut(row["variant"], LABEL_CHARS),
         runtime=row["runtime"],
         colour=colour,
         bands=tuple((x.place(at[a]), x.place(at[b])) for a, b in _BANDS),

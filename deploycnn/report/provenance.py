@@ -1,7 +1,7 @@
 """How a variant was made, in words: from the records that its passes left.
 
-Four keys of a record are known here and drawn: ``history``, ``widths``, ``parity`` and ``calibration``; every
-other key is told as it is, so that a new pass needs nothing here.
+Two keys of a record are drawn: ``training`` (its ``epochs``) and ``widths``; every other key is told as it
+is, so that a new pass needs nothing here.
 """
 
 from __future__ import annotations
@@ -53,16 +53,19 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def history(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The training history of a record; empty where there is none."""
-    found = record.get("history")
+    """The epochs of a record's training; empty where there was none."""
+    training = record.get("training")
+    found = training.get("epochs") if isinstance(training, Mapping) else None
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
 
 
 def step_facts(step: Step) -> list[tuple[str, str]]:
     """What a step's record says beside what is drawn, parity and calibration first."""
-    record = step["record"]
-    first = [key for key in ("parity", "calibration") if key in record]
-    rest = [key for key in record if key not in {*first, "history", "widths"}]
+    record = {key: value for key, value in step["record"].items() if key != "widths"}
+    if history(record):
+        record["training"] = {key: value for key, value in record["training"].items() if key != "epochs"}
+    first = [key for key in ("training", "parity", "calibration") if key in record]
+    rest = [key for key in record if key not in first]
     return [(label(key), _shorten(words.flat(record[key]))) for key in (*first, *rest)]
 
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from deploycnn.report import words
-
 #: Above this ratio of largest to smallest, a linear axis squeezes the fast end together.
 LOG_FROM = 4.0
 #: Width of an average character of 12 px text, and the height of its line.
@@ -43,12 +41,17 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 2)
 
 
+def plain_number(value: float) -> str:
+    """A tick's value without zeros that say nothing."""
+    return f"{value:.6g}"
+
+
 def axis(
     values: Iterable[float],
     start: float,
     end: float,
     *,
-    label: Callable[[float], str] = words.significant,
+    label: Callable[[float], str] = plain_number,
     margin: float = 0.06,
     log: bool | None = None,
     ticks: int = 6,

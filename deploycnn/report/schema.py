@@ -125,8 +125,8 @@ class Flipped(TypedDict):
 
 
 #: One step of a variant's chain. ``record`` is what the pass wrote about itself. The report draws
-#: ``history`` (list of {"epoch": ..., other numbers}), ``widths`` ({layer: [before, after]}), ``parity`` and
-#: ``calibration`` (mappings) specially and lists everything else as it is.
+#: ``training.epochs`` (list of {"epoch": ..., other numbers}) and ``widths`` ({layer: [before, after]}), and
+#: lists everything else as it is.
 Step = TypedDict(
     "Step",
     {

@@ -61,8 +61,8 @@ def columns(report: Report) -> list[Column]:
         Column(key="change", title="change, points", priority=1),
         *timing,
         Column(key="size", title="size", priority=3),
-        Column(key="params", title="params", priority=8),
         Column(key="macs", title="MACs", priority=6),
+        Column(key="params", title="params", priority=8),
         Column(key="memory", title="peak memory", priority=9),
         Column(key="runtime", title="runtime", priority=5, numeric=False),
         Column(key="budget", title="budget", priority=2, numeric=False),
@@ -115,7 +115,7 @@ def _latency_cell(variant: Variant, batch: int) -> Cell:
     quantiles = variant["latency_ms"].get(str(batch))
     if quantiles is None:
         return Cell()
-    note = f"p90 {words.significant(quantiles['p90'])}, p99 {words.significant(quantiles['p99'])}"
+    note = f"p90 {words.significant(quantiles['p90'])}\np99 {words.significant(quantiles['p99'])}"
     return Cell(text=words.significant(quantiles["median"]), note=note, value=quantiles["median"])
 
 
@@ -173,9 +173,9 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def groups(report: Report) -> list[tuple[str, list[Measurement]]]:
-    """Measurements by setting ("batch 1, 1 thread"), the primary one first; rows in the order of the variants.
+    """Measurements by setting ("batch 1, 1 thread"), the primary one first; rows in the variants' order.
 
-    What was not measured at all stands in :func:`missing`; here are rows with numbers, and failures among them.
+    Rows that were not measured at all stand in :func:`missing`; here are numbers, and failures among them.
     """
     order = {variant["name"]: index for index, variant in enumerate(report["variants"])}
     primary = (report["primary"]["batch_size"], report["primary"]["threads"])
@@ -197,10 +197,8 @@ def measurement_cells(row: Measurement) -> list[Cell]:
     """Median, p90, p99, images/s and speed-up of one row."""
     bounds = row["median_interval_ms"]
     digits = words.significant
-    cells = [
-        Cell(text=digits(row[key]), value=row[key]) if row[key] is not None else Cell()
-        for key in ("median_ms", "p90_ms", "p99_ms")
-    ]
+    times = (row["median_ms"], row["p90_ms"], row["p99_ms"])
+    cells = [Cell() if time is None else Cell(text=digits(time), value=time) for time in times]
     if bounds is not None and row["median_ms"] is not None:
         note = f"{digits(bounds[0])}{words.NOTHING}{digits(bounds[1])}"
         cells[0] = Cell(text=digits(row["median_ms"]), note=note, value=row["median_ms"])

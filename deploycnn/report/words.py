@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 MINUS = "\N{MINUS SIGN}"
@@ -138,3 +139,19 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clean(text: object) -> str:
+    """``text`` on one line, without control or formatting characters: safe to print wherever it came from."""
+    spaced = "".join(" " if char.isspace() else char for char in str(text))
+    kept = (char for char in spaced if unicodedata.category(char) not in {"Cc", "Cf", "Cs"})
+    return " ".join("".join(kept).split())
+
+
+def cut(text: str, width: int) -> str:
+    """``text``, cut to ``width`` characters with an ellipsis.
+
+    >>> cut("pruned_int8", 8)
+    'pruned_…'
+    """
+    return text if len(text) <= width else f"{text[: max(0, width - 1)]}…"

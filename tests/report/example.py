@@ -1,8 +1,12 @@
-"""A realistic report: five variants, three runtimes, two batch sizes, two thread counts; one variant failed, one
-runtime is not there. The numbers are made up, seeded, and consistent with one another."""
+"""A realistic report, made up and seeded.
+
+Five variants, three runtimes, two batch sizes, two thread counts; one variant failed, one runtime is not
+there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -34,7 +38,7 @@ FAILED = (
 
 
 def _row(name: str, runtime: str, batch: int, threads: int, rng: random.Random) -> dict[str, Any]:
-    passes, factor, _, _, _, _, precision = VARIANTS[name]
+    _, factor, _, _, _, _, precision = VARIANTS[name]
     base = (
         0.79
         * (0.83 * batch if batch > 1 else 1)
@@ -82,26 +86,45 @@ def _row(name: str, runtime: str, batch: int, threads: int, rng: random.Random) 
 def _absent(name: str, runtime: str, batch: int, threads: int, status: str, why: str) -> dict[str, Any]:
     keys = ("median_ms", "p90_ms", "p99_ms", "median_interval_ms", "throughput_ips", "ratio", "low", "high")
     return {
-        "id": f"{name}|{runtime}|b{batch}|t{threads}", "variant": name, "runtime": runtime, "precision": None,
-        "batch_size": batch, "threads": threads, "status": status, "why": why, "verdict": None, "reference": None,
-        "sessions": 0, "warmup": 0, "disturbance": None, "samples": None, **dict.fromkeys(keys),
-    }  # fmt: skip
+        "id": f"{name}|{runtime}|b{batch}|t{threads}",
+        "variant": name,
+        "runtime": runtime,
+        "precision": None,
+        "batch_size": batch,
+        "threads": threads,
+        "status": status,
+        "why": why,
+        "verdict": None,
+        "reference": None,
+        "sessions": 0,
+        "warmup": 0,
+        "disturbance": None,
+        "samples": None,
+        **dict.fromkeys(keys),
+    }
 
 
-def _record(name: str, step: str, rng: random.Random) -> dict[str, Any]:
+def _record(step: str, rng: random.Random) -> dict[str, Any]:
     if step in {"train", "distill"}:
         epochs = 24 if step == "train" else 16
         return {
-            "history": [
-                {
-                    "epoch": epoch,
-                    "train_loss": 2.1 * 0.82**epoch + 0.05 + 0.02 * rng.random(),
-                    "val_top1": 0.985 - 0.75 * 0.72**epoch - 0.01 * rng.random(),
-                    "learning_rate": 0.1 * (1 - epoch / epochs),
-                }
-                for epoch in range(1, epochs + 1)
-            ],
-            "best_epoch": epochs - 2,
+            "training": {
+                "epochs": [
+                    {
+                        "epoch": epoch,
+                        "loss": 2.1 * 0.82**epoch + 0.05 + 0.02 * rng.random(),
+                        "val_top1": 0.985 - 0.75 * 0.72**epoch - 0.01 * rng.random(),
+                        "val_loss": 1.9 * 0.8**epoch + 0.11 + 0.02 * rng.random(),
+                        "lr": 0.1 * (1 - epoch / epochs),
+                        "seconds": 2.6,
+                    }
+                    for epoch in range(1, epochs + 1)
+                ],
+                "kept_epoch": epochs - 2,
+                "stopped": "finished",
+                "precision": "fp32",
+                "device": "cpu",
+            },
         }
     if step == "prune":
         widths = {f"layer{1 + block // 3}.{block % 3}.conv1": [16 * 2 ** (block // 3)] for block in range(9)}
@@ -133,21 +156,25 @@ def _options(step: str) -> dict[str, Any]:
     }[step]
 
 
-def _provenance(name: str, passes: list[str], rng: random.Random) -> list[dict[str, Any]]:
+def _provenance(passes: list[str]) -> list[dict[str, Any]]:
+    """Shared prefixes have the same keys, and the same key means the same record."""
+    keys = [
+        hashlib.sha256("/".join(passes[: end + 1]).encode()).hexdigest()[:12] for end in range(len(passes))
+    ]
     return [
         {
             "pass": step,
-            "key": f"{step}-{rng.getrandbits(32):08x}",
+            "key": key,
             "options": _options(step),
             "seconds": {"train": 61.2, "distill": 44.0, "prune": 3.4, "export": 5.1}.get(step, 7.7),
-            "record": _record(name, step, rng),
+            "record": _record(step, random.Random(key)),
         }
-        for step in passes
+        for step, key in zip(passes, keys, strict=True)
     ]
 
 
 def _variant(name: str, rows: list[dict[str, Any]], rng: random.Random) -> dict[str, Any]:
-    passes, factor, right, size, params, macs, precision = VARIANTS[name]
+    passes, _, right, size, params, macs, precision = VARIANTS[name]
     runtime = "openvino:f32" if name == "int8" else "onnxruntime:cpu"
     own = {
         row["batch_size"]: row
@@ -190,21 +217,40 @@ def _variant(name: str, rows: list[dict[str, Any]], rng: random.Random) -> dict[
         "within_budget": {"fp32": True, "int8": True, "pruned": False, "pruned_int8": "unproven"}[name],
         "status": "measured",
         "why": "",
-        "provenance": _provenance(name, passes, rng),
+        "provenance": _provenance(passes),
     }
 
 
-def _failed(name: str, why: str, rng: random.Random) -> dict[str, Any]:
+def _failed(name: str, why: str) -> dict[str, Any]:
     absent = (
-        "runtime", "precision", "top1", "top1_interval", "top1_drop", "top1_drop_interval", "val_top1_drop",
-        "val_top1_drop_interval", "mcnemar_p", "flipped", "size_bytes", "params", "macs", "peak_memory_bytes",
-        "parity", "within_budget",
-    )  # fmt: skip
+        "runtime",
+        "precision",
+        "top1",
+        "top1_interval",
+        "top1_drop",
+        "top1_drop_interval",
+        "val_top1_drop",
+        "val_top1_drop_interval",
+        "mcnemar_p",
+        "flipped",
+        "size_bytes",
+        "params",
+        "macs",
+        "peak_memory_bytes",
+        "parity",
+        "within_budget",
+    )
     passes = ["train", "export", "fp16"]
     return {
-        "name": name, "passes": passes, **dict.fromkeys(absent), "latency_ms": {}, "speedup": {},
-        "status": "failed", "why": why, "provenance": _provenance(name, passes[:2], rng),
-    }  # fmt: skip
+        "name": name,
+        "passes": passes,
+        **dict.fromkeys(absent),
+        "latency_ms": {},
+        "speedup": {},
+        "status": "failed",
+        "why": why,
+        "provenance": _provenance(passes[:2]),
+    }
 
 
 def example_report() -> Report:
@@ -224,31 +270,54 @@ def example_report() -> Report:
         "name": "digits-resnet20",
         "created": "2026-11-24T12:46:03Z",
         "environment": {
-            "cpu": "AMD EPYC 9R14", "isa": ["avx2", "avx512_vnni", "avx512_bf16"], "cores": 2, "gpu": None,
-            "os": "Linux 6.8 x86_64", "python": "3.11.9", "power": "unknown",
-            "versions": {"deploycnn": "0.1.0", "torch": "2.15.0", "onnxruntime": "1.32.0", "openvino": "2026.4.0"},
+            "cpu": "AMD EPYC 9R14",
+            "isa": ["avx2", "avx512_vnni", "avx512_bf16"],
+            "cores": 2,
+            "gpu": None,
+            "os": "Linux 6.8 x86_64",
+            "python": "3.11.9",
+            "power": "unknown",
+            "versions": {
+                "deploycnn": "0.1.0",
+                "torch": "2.15.0",
+                "onnxruntime": "1.32.0",
+                "openvino": "2026.4.0",
+            },
         },
         "data": {
-            "name": "digits", "counts": {"train": 1077, "val": 270, "test": 450},
-            "classes": [str(digit) for digit in range(10)], "fingerprint": "9f6c1f0c2d5b7a11",
+            "name": "digits",
+            "counts": {"train": 1077, "val": 270, "test": 450},
+            "classes": [str(digit) for digit in range(10)],
+            "fingerprint": "9f6c1f0c2d5b7a11",
             "skipped": [{"path": "train/3/notes.txt", "why": "not an image"}],
-            "preprocessing": {"size": [32, 32], "resize": "squash", "scale": "standardize", "channels": "rgb"},
+            "preprocessing": {
+                "size": [32, 32],
+                "resize": "squash",
+                "scale": "standardize",
+                "channels": "rgb",
+            },
         },
         "baseline": {"variant": "fp32", "runtime": "onnxruntime:cpu"},
         "budget": {"max_top1_drop": 0.01},
         "winner": {
-            "variant": "pruned_int8", "runtime": "onnxruntime:cpu",
+            "variant": "pruned_int8",
+            "runtime": "onnxruntime:cpu",
             "why": "the fastest at batch 1 of the 3 variants whose drop on val is within the budget",
         },
         "why_no_winner": "",
         "primary": {"runtimes": ["onnxruntime:cpu", "openvino:f32"], "threads": 1, "batch_size": 1},
-        "variants": [*(_variant(name, rows, rng) for name in VARIANTS), _failed("fp16", FAILED, rng)],
+        "variants": [*(_variant(name, rows, rng) for name in VARIANTS), _failed("fp16", FAILED)],
         "measurements": rows,
         "warnings": ["the CPU's frequency governor is not known: latencies may drift"],
         "method": {
-            "confidence": 0.95, "sessions": 8, "blocks": 10, "runs_per_block": 20, "warmup_runs": 20, "resamples": 2000,
+            "confidence": 0.95,
+            "sessions": 8,
+            "blocks": 10,
+            "runs_per_block": 20,
+            "warmup_runs": 20,
+            "resamples": 2000,
         },
         "recipe": "source: {zoo: resnet20}\ndata: digits\ntarget: cpu\nbudget: {max_top1_drop: 0.01}\n",
         "command": "deploycnn compress recipes/digits.yaml",
-    }  # fmt: skip
+    }
     return validate(report)
