@@ -10,9 +10,9 @@ opened anew, and why a round, not a run, is the unit that is counted and resampl
 Davison and Hinkley 1997, section 3.8; Cameron, Gelbach and Miller 2008).
 
 The estimate. Each block is summarised by its median, each round by the median over its blocks of the
-difference of log-medians, and the rounds by their 20% trimmed mean. Disturbed runs, blocks and whole rounds (a
-neighbour that takes a CPU for a second makes two-threaded runs half as slow again) are outvoted at their own
-level.
+difference of log-medians, and the rounds by their 20% trimmed mean. Disturbed runs, blocks and whole rounds
+are outvoted at their own level: a neighbour that takes a CPU for a second makes two-threaded runs half as
+slow again.
 
 The interval. A symmetric bootstrap-t over rounds: the trimmed mean is studentized with Yuen's winsorized
 standard error, and the critical value is the quantile of ``|t*|`` over resampled rounds, at least Student's
@@ -84,7 +84,7 @@ def summarize(row: TimingRow, *, confidence: float = CONFIDENCE) -> Summary:
     """Median, tails and throughput of a measured row.
 
     The interval of the median is the sign test's: from the k-th smallest to the k-th largest session median,
-    whatever the distribution. Below eight sessions even the extremes hold less than 0.99; they are given then.
+    whatever the distribution. Below eight sessions even the extremes hold less than 0.99 and are given.
 
     Raises:
         ValueError: the row was not measured.
