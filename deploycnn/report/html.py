@@ -57,7 +57,9 @@ def render_html(report: Mapping[str, Any]) -> str:
             setting=prose.setting(checked),
             limits=prose.limits(checked),
             nothing=words.NOTHING,
-            columns=summary.columns(checked),
+            level=prose.level(checked),
+            # Parameters stand with each variant below: the table is full enough.
+            columns=[column for column in summary.columns(checked) if column.key != "params"],
             rows=[_summary_row(checked, variant, tints) for variant in checked["variants"]],
             pareto_wide=pareto(checked, WIDE, 440),
             pareto_narrow=pareto(checked, NARROW, 400),

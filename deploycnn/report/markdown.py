@@ -70,16 +70,15 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         "## How it was measured",
         "\n\n".join(escape(paragraph) for paragraph in prose.method(checked)),
         *_again(checked),
-        f"{escape(checked['created'])}, schema version {checked['schema_version']}; exact numbers: report.json",
+        f"{escape(checked['created'])}; exact numbers: report.json",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _under(report: Report) -> str:
-    base = report["baseline"]
-    budget = f" Budget: {prose.limits(report)}." if report["budget"] else ""
-    setting = prose.setting(report)
-    return escape(f"At {setting}, against {base['variant']} on {base['runtime']}.{budget}")
+    base, budget = report["baseline"], prose.limits(report)
+    told = f"At {prose.setting(report)}, against {base['variant']} on {base['runtime']}."
+    return escape(f"{told} Budget: {budget}." if budget else told)
 
 
 def _summary(report: Report) -> str:
@@ -137,7 +136,7 @@ def _provenance(report: Report) -> list[str]:
             options = f" ({escape(words.flat(step['options']))})" if step["options"] else ""
             lines.append(f"{number}. **{escape(step['pass'])}**{options}, key {escape(step['key'])}{took}")
             if first[step["key"]] != variant["name"]:
-                lines.append(f"   - the same step as in {escape(first[step['key']])}")
+                lines.append(f"   - shared with {escape(first[step['key']])}")
                 continue
             lines += [f"   - {escape(key)}: {escape(value)}" for key, value in provenance.step_facts(step)]
             widths = provenance.widths(step["record"])

@@ -64,7 +64,7 @@ def distributions(report: Report, rows: Sequence[Measurement], width: float) -> 
     longest = max(len(row["variant"]) + len(row["runtime"]) for row, _ in drawn) + 3
     gutter = 8.0 if stacked else min(330.0, 14 + CHAR_WIDTH * longest)
     split = width - 60 if stacked else gutter + 0.6 * (width - gutter)
-    pitch, top = (40.0, 26.0) if stacked else (26.0, 18.0)
+    pitch, top = (42.0, 28.0) if stacked else (26.0, 18.0)
     bottom = top + pitch * len(drawn) - pitch / 2 + 6
     ends = [at[p] for _, at in drawn for p in (0.01, 0.99)]
     x = axis(ends, gutter, split - 24, ticks=int((split - gutter) / 80))

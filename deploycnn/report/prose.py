@@ -73,7 +73,7 @@ def limits(report: Report) -> str:
     budget = report["budget"] or {}
     parts = []
     if "max_top1_drop" in budget:
-        parts.append(f"top-1 drop at most {100 * budget['max_top1_drop']:g} points")
+        parts.append(f"top-1 drop at most {words.points(budget['max_top1_drop'])}")
     if "max_size_bytes" in budget:
         parts.append(f"size at most {words.scaled(budget['max_size_bytes'], 'B')}")
     if "max_latency_ms" in budget:
@@ -92,10 +92,15 @@ def headline(report: Report) -> str:
     return "; ".join(part for part in (first, *tail) if part)
 
 
+def level(report: Report) -> str:
+    """The confidence of the intervals: "95%"."""
+    return f"{100 * report.get('method', {}).get('confidence', 0.95):g}%"
+
+
 def method(report: Report) -> list[str]:
     """How the numbers came about, one paragraph each."""
     how = report.get("method", {})
-    level = f"{100 * how.get('confidence', 0.95):g}%"
+    confidence = level(report)
     counts = [
         (
             how.get("sessions"),
@@ -115,7 +120,7 @@ def method(report: Report) -> list[str]:
             f"alike.{here}"
         ),
         (
-            f"Speed-up is baseline latency / variant latency. Its {level} interval is a bootstrap{drawn} "
+            f"Speed-up is baseline latency / variant latency. Its {confidence} interval is a bootstrap{drawn} "
             "over blocks and sessions; where it cannot exclude \u201cthe same\u201d, they are called "
             "indistinguishable."
         ),
@@ -125,6 +130,6 @@ def method(report: Report) -> list[str]:
         told.append(
             "Accuracy: top-1 on the test split, which nothing was chosen on. The change is paired: the same "
             "images through baseline and variant, McNemar\u2019s test on those that changed sides. "
-            f"Intervals are {level}."
+            f"Intervals are {confidence}."
         )
     return told

@@ -83,17 +83,21 @@ def print_rich(report: Mapping[str, Any], *, width: int) -> None:
 def table(report: Report, width: int) -> tuple[list[summary.Column], list[list[str]]]:
     """Columns and cells that fit into ``width`` characters.
 
-    Intervals are shown where there is room for all of them; then columns go by priority; then names are cut.
+    Columns beyond the essential ones go first, then intervals, then further columns; at last names are cut.
     """
     every = summary.columns(report)
-    for intervals in (True, False):
-        columns, rows = _cells(report, every, intervals=intervals)
-        if _needed(columns, rows) <= width:
-            return columns, rows
+    keep = list(every)
+    while keep and _needed(*_cells(report, keep, intervals=True)) > width:
+        last = max(keep, key=lambda column: column.priority)
+        if last.priority < _ESSENTIAL:
+            break
+        keep.remove(last)
+    else:
+        return _cells(report, keep, intervals=True)
     keep = list(every)
     while len(keep) > 2 and _needed(*_cells(report, keep, intervals=False)) > width:
         keep.remove(max(keep, key=lambda column: column.priority))
-    columns, rows = _cells(report, keep, intervals=_needed(*_cells(report, keep, intervals=True)) <= width)
+    columns, rows = _cells(report, keep, intervals=False)
     over = _needed(columns, rows) - width
     if over > 0:
         room = max(8, max(len(row[0]) for row in rows) - over)
@@ -101,6 +105,8 @@ def table(report: Report, width: int) -> tuple[list[summary.Column], list[list[s
     return columns, rows
 
 
+#: Intervals are worth more than columns of this priority and above.
+_ESSENTIAL = 5
 #: Columns whose small print is worth its room in a terminal.
 _WITH_NOTE = ("top1", "change", "speedup")
 

@@ -103,6 +103,16 @@ def change_interval(drop_bounds: Sequence[float], decimals: int = 1) -> str:
     return f"{change(drop_bounds[1], decimals)} … {change(drop_bounds[0], decimals)}"
 
 
+def points(fraction: float) -> str:
+    """A fraction in percentage points.
+
+    >>> points(0.01), points(0.005)
+    ('1 point', '0.5 points')
+    """
+    value = f"{100 * fraction:g}"
+    return f"{value} point{'' if value == '1' else 's'}"
+
+
 def plural(count: int, noun: str) -> str:
     """``count`` and ``noun``.
 
