@@ -1,0 +1,202 @@
+"""Remove whole channels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Interval, Lt
+
+from deploycnn.core import Artifact, Context, Draft, Format, Json, Pass
+from deploycnn.errors import PassRequirementError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from deploycnn.pruning.importance import Criterion
+
+#: Images per gradient of the Taylor importance: few, so that the changes of single images do not average out.
+_TAYLOR_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Pass):
+    """Remove the least important channels of all layers that depend on one another.
+
+    Set ``pruning_ratio`` or ``macs_ratio``. The model is smaller and less accurate afterwards: `distill` or
+    `train` should follow.
+    """
+
+    consumes: ClassVar[Format] = "torch"
+    produces: ClassVar[Format] = "torch"
+    version: ClassVar[int] = 1
+
+    pruning_ratio: Annotated[float, Gt(0), Lt(1), "Share of the prunable channels to remove."] | None = None
+    macs_ratio: (
+        Annotated[float, Gt(0), Lt(1), "Share of the multiply-accumulates to keep at most."] | None
+    ) = None
+    importance: Annotated[
+        Literal["magnitude", "bn_scale", "taylor", "random"], "What the least important channels are told by."
+    ] = "magnitude"
+    norm: Annotated[Literal["l1", "l2"], "Of the weights, for `importance: magnitude`."] = "l2"
+    importance_images: Annotated[int, Gt(0), "Training images for `importance: taylor`."] = 512
+    scope: Annotated[
+        Literal["layer", "global"],
+        "Remove the same share from every layer, or the least important channels of the whole model.",
+    ] = "layer"
+    round_to: Annotated[int, Ge(1), "Keep widths multiples of this, which INT8 kernels need to be fast."] = 8
+    max_ratio: Annotated[float, Gt(0), Lt(1), "Most that one layer may lose."] = 0.9
+    protect: Annotated[tuple[str, ...], "Names of layers or modules whose output channels stay."] = ()
+    ratios: Annotated[
+        dict[str, Annotated[float, Interval(ge=0, lt=1)]],
+        "Module name -> share of its channels to remove, in place of `pruning_ratio`.",
+    ] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if (self.pruning_ratio is None) == (self.macs_ratio is None):
+            given = "neither" if self.pruning_ratio is None else "both"
+            raise RecipeError(f"prune: set exactly one of pruning_ratio and macs_ratio, got {given}")
+        for name, ratio in {"pruning_ratio": self.pruning_ratio, **self.ratios}.items():
+            if ratio is not None and ratio > self.max_ratio:
+                raise RecipeError(
+                    f"prune: {name} is {ratio:g}, more than max_ratio = {self.max_ratio:g}; "
+                    "lower it or raise max_ratio"
+                )
+        # So that a recipe without data is refused before any work is done.
+        object.__setattr__(self, "needs_data", self.importance == "taylor")
+
+    def run(self, source: Artifact, ctx: Context) -> Draft:
+        """Prune ``source``; widths, MACs and what was left alone are recorded under "pruning".
+
+        Raises:
+            PassRequirementError: nothing can be pruned, a name is unknown, or the goal cannot be reached.
+            PreprocessingError: the model was made for images prepared otherwise.
+        """
+        import torch
+
+        from deploycnn.models.artifact import load_model, save_model
+        from deploycnn.models.macs import count_macs, count_params
+        from deploycnn.pruning.pruner import Goal, prune
+
+        if ctx.data is not None:
+            ctx.data.preprocessing.check_same(source.facts.preprocessing, "prune")
+        shape = self._input_shape(source, ctx)
+        model = load_model(source.path)
+        images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
+        goal = Goal(
+            pruning_ratio=self.pruning_ratio,
+            macs_ratio=self.macs_ratio,
+            scope=self.scope,
+            round_to=self.round_to,
+            max_ratio=self.max_ratio,
+            protect=self.protect,
+            ratios=self.ratios,
+        )
+        record = prune(model, images, self._criterion(ctx), goal, seed=ctx.seed)
+        save_model(model, ctx.output)
+        _check_stored(model, images, ctx)
+        ctx.log.info(
+            "pruned to %.1f%% of the MACs, %d groups of layers left alone",
+            100 * record["macs_ratio"],
+            len(record["protected"]),
+        )
+        facts = dataclasses.replace(
+            source.facts,
+            params=count_params(model),
+            macs=count_macs(model, shape),
+            size_bytes=sum(file.stat().st_size for file in ctx.output.iterdir()),
+            record={"pruning": self._options() | record},
+        )
+        return Draft(format="torch", inputs=source.inputs, outputs=source.outputs, facts=facts)
+
+    def _options(self) -> dict[str, Json]:
+        """What was asked for."""
+        options: dict[str, Json] = {
+            "importance": self.importance,
+            "scope": self.scope,
+            "round_to": self.round_to,
+        }
+        if self.importance == "magnitude":
+            options["norm"] = self.norm
+        asked = {"pruning_ratio": self.pruning_ratio, "macs_ratio": self.macs_ratio}
+        return options | {"asked": {name: ratio for name, ratio in asked.items() if ratio is not None}}
+
+    @staticmethod
+    def _input_shape(source: Artifact, ctx: Context) -> tuple[int, int, int]:
+        """(C, H, W) of the model's input."""
+        channels, height, width = (source.inputs[0].shape[1:] + (None,) * 3)[:3]
+        if ctx.data is not None and None in (channels, height, width):
+            return ctx.data.preprocessing.input_shape
+        if channels is None or height is None or width is None:
+            raise PassRequirementError(
+                f"prune: the model takes images of any size ({source.inputs[0].shape}); "
+                "add `data` to the recipe, whose preprocessing says which"
+            )
+        return channels, height, width
+
+    def _criterion(self, ctx: Context) -> Criterion:
+        from functools import partial
+
+        from deploycnn.pruning import importance
+
+        if self.importance == "magnitude":
+            return partial(importance.magnitude, power=1 if self.norm == "l1" else 2)
+        if self.importance == "bn_scale":
+            return importance.bn_scale
+        if self.importance == "random":
+            return partial(importance.random, seed=ctx.seed)
+        return self._taylor(ctx)
+
+    def _taylor(self, ctx: Context) -> Criterion:
+        from deploycnn.pruning import importance
+
+        if ctx.data is None:
+            raise PassRequirementError(
+                "prune.importance: taylor needs images, but the recipe has no `data`; "
+                "add it or choose another importance"
+            )
+
+        def criterion(model: torch.nn.Module, groups: Any) -> Any:
+            model.to(ctx.device)
+            try:
+                return importance.taylor(
+                    model,
+                    groups,
+                    batches=self._training_images(ctx),
+                    progress=lambda seen: ctx.progress(seen, self.importance_images, "importance"),
+                )
+            finally:
+                model.cpu()
+
+        return criterion
+
+    def _training_images(self, ctx: Context) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        import torch
+
+        from deploycnn.data.calibration import calibration_indices
+        from deploycnn.data.loader import batches
+
+        data = ctx.data
+        if data is None:
+            return
+        train = data.dataset.train
+        indices = calibration_indices(train.labels, self.importance_images, ctx.seed)
+        for batch in batches(train, data.preprocessing, _TAYLOR_BATCH, indices=indices):
+            yield torch.from_numpy(batch.images).to(ctx.device), torch.from_numpy(batch.labels).to(ctx.device)
+
+
+def _check_stored(model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> None:
+    """What is loaded again must compute the same bits.
+
+    Raises:
+        RuntimeError: it does not; the stored delta misses something.
+    """
+    import torch
+
+    from deploycnn.models.artifact import load_model
+
+    with torch.no_grad():
+        if not torch.equal(load_model(ctx.output)(images), model.eval()(images)):
+            raise RuntimeError("the pruned model computes something else after it is stored and loaded")

@@ -1,0 +1,152 @@
+"""How much each channel of a group matters.
+
+A channel's parameters lie in several layers: the filters that make it, the affine part of a normalization,
+the weights that read it. Every criterion gives one number per channel and member (a side of a layer), and a
+channel's score is the mean over the members that hold it.
+
+Torch-Pruning has such criteria as well. In 1.6.1 its magnitude leaves out depthwise convolutions, and its
+Taylor importance leaves out batch normalization and lets terms of one channel with opposite signs add up
+instead of cancelling; so they are computed here, over its groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deploycnn.errors import PassRequirementError
+from deploycnn.pruning.groups import ChannelGroup, Member
+from deploycnn.pruning.layers import BATCH_NORMS, by_channel
+
+#: One score per channel of a group, shape (group.width,), higher is more important; ``None`` where the
+#: criterion has nothing to go by.
+Scores = npt.NDArray[np.float64] | None
+
+#: Model and groups -> scores of each group.
+Criterion = Callable[[nn.Module, Sequence[ChannelGroup]], list[Scores]]
+
+
+def magnitude(model: nn.Module, groups: Sequence[ChannelGroup], *, power: int) -> list[Scores]:
+    """Sum of ``|w| ** power`` over a channel's weights; power 2 is DepGraph's group norm (Fang et al. 2023).
+
+    Biases do not count, the scale of an affine normalization does.
+    """
+    return _mean_over_members(model, groups, lambda weight: weight**power, kinds=(nn.Module,))
+
+
+def bn_scale(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Scores]:
+    """``|gamma|`` of a channel's batch normalizations (Liu et al., "Network Slimming", ICCV 2017)."""
+    return _mean_over_members(model, groups, lambda weight: weight, kinds=(BATCH_NORMS,))
+
+
+def random(model: nn.Module, groups: Sequence[ChannelGroup], *, seed: int) -> list[Scores]:  # noqa: ARG001 - a Criterion
+    """Uniform numbers in [0, 1): the control that a real criterion has to beat."""
+    return [np.random.default_rng([seed, index]).random(group.width) for index, group in enumerate(groups)]
+
+
+def taylor(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    *,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Scores]:
+    """How much the loss changes, to first order, when a channel is removed.
+
+    For each batch the change is ``|sum(w * dL/dw)|`` over a channel's parameters in one layer, biases
+    included (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, with the
+    absolute value for the square). Taking it batch by batch matters: over the whole training set the gradient
+    of a trained model is nearly zero.
+
+    Args:
+        model: In evaluation mode; its gradients are cleared.
+        groups: What to score.
+        batches: (images (N, C, H, W), class indices (N,)) on the model's device, of the training split.
+        progress: Called with the number of images seen.
+    """
+    totals: list[npt.NDArray[np.float64]] = [np.zeros(group.width) for group in groups]
+    holders = [np.zeros(group.width) for group in groups]
+    layers = dict(model.named_modules())
+    seen = 0
+    for images, labels in batches:
+        model.zero_grad(set_to_none=True)
+        functional.cross_entropy(model(images), labels, reduction="sum").backward()
+        for index, group in enumerate(groups):
+            for member in group.members:
+                change = _first_order(layers[member.layer], member)
+                if change is not None:
+                    sums = _by_root(change, member, group.width)
+                    totals[index] += np.abs(sums)
+                    if not seen:
+                        holders[index][np.unique(member.roots)] += 1
+        seen += len(images)
+        progress(seen)
+    model.zero_grad(set_to_none=True)
+    if not seen:
+        raise PassRequirementError("prune.importance: taylor needs images, but the training split has none")
+    return [
+        _checked(total / (np.maximum(held, 1) * seen), group) if held.any() else None
+        for total, held, group in zip(totals, holders, groups, strict=True)
+    ]
+
+
+def _first_order(layer: nn.Module, member: Member) -> npt.NDArray[np.float64] | None:
+    """sum(w * dL/dw) over the parameters of each of a member's channels, shape (M,)."""
+    weight = layer._parameters.get("weight")  # noqa: SLF001 - None where the layer has none
+    if weight is None or weight.grad is None:
+        return None
+    products = (weight.detach().double() * weight.grad.double()).cpu()
+    change = by_channel(layer, member.side, products).sum(dim=1)
+    bias = layer._parameters.get("bias")  # noqa: SLF001 - as above
+    if member.side == "out" and bias is not None and bias.grad is not None:
+        change = change + (bias.detach().double() * bias.grad.double()).cpu()
+    return _chosen(change, member)
+
+
+def _mean_over_members(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    value: Callable[[Tensor], Tensor],
+    *,
+    kinds: tuple[type[nn.Module], ...],
+) -> list[Scores]:
+    layers: Mapping[str, nn.Module] = dict(model.named_modules())
+    found: list[Scores] = []
+    for group in groups:
+        total, held = np.zeros(group.width), np.zeros(group.width)
+        for member in group.members:
+            layer = layers[member.layer]
+            weight = layer._parameters.get("weight")  # noqa: SLF001 - as above
+            if weight is None or not isinstance(layer, kinds):
+                continue
+            sums = by_channel(layer, member.side, value(weight.detach().double().abs().cpu())).sum(dim=1)
+            total += _by_root(_chosen(sums, member), member, group.width)
+            held[np.unique(member.roots)] += 1
+        # A channel that no member holds could not be compared with the rest.
+        found.append(_checked(total / held, group) if held.all() else None)
+    return found
+
+
+def _chosen(values: Tensor, member: Member) -> npt.NDArray[np.float64]:
+    chosen: npt.NDArray[np.float64] = values.numpy()[member.channels]
+    return chosen
+
+
+def _by_root(values: npt.NDArray[np.float64], member: Member, size: int) -> npt.NDArray[np.float64]:
+    """Sum what belongs to the same channel of the group."""
+    sums = np.zeros(size)
+    np.add.at(sums, member.roots, values)
+    return sums
+
+
+def _checked(scores: npt.NDArray[np.float64], group: ChannelGroup) -> npt.NDArray[np.float64]:
+    if not np.isfinite(scores).all():
+        raise PassRequirementError(
+            f'prune.importance: the importance of the channels of "{group.name}" is not finite; '
+            "the model's weights or gradients hold NaN or infinity: train it again"
+        )
+    return scores

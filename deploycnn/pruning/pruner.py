@@ -1,0 +1,213 @@
+"""Prune a model in place: find groups, rank, choose, cut, check."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deploycnn.core import Json
+from deploycnn.errors import PassRequirementError, nearest
+from deploycnn.models.macs import count_macs, count_params
+from deploycnn.pruning.allocation import (
+    Ladder,
+    Scope,
+    allocate,
+    chosen,
+    ladders,
+    ratio_for_macs,
+    ratios_of,
+)
+from deploycnn.pruning.costs import macs_after, macs_by_layer
+from deploycnn.pruning.groups import ChannelGroup, IntArray, Protected
+from deploycnn.pruning.importance import Criterion, Scores
+from deploycnn.pruning.layers import widths
+from deploycnn.pruning.structure import Structure, analyse, is_inside, suggestions
+from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, removals, remove
+from deploycnn.pruning.tracing import forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What to remove.
+
+    Attributes:
+        pruning_ratio: Share of the prunable channels to remove, or ``None``.
+        macs_ratio: Share of the MACs to keep at most, or ``None``; exactly one of the two is given.
+        scope: "layer" ranks channels within their group, "global" across the model.
+        round_to: Widths stay multiples of this.
+        max_ratio: Most that a group may lose.
+        protect: Names of modules whose output channels stay.
+        ratios: Module name -> share of its channels to remove.
+    """
+
+    pruning_ratio: float | None = None
+    macs_ratio: float | None = None
+    scope: Scope = "layer"
+    round_to: int = 8
+    max_ratio: float = 0.9
+    protect: tuple[str, ...] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+
+def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *, seed: int = 0) -> Json:
+    """Remove channels from ``model``, in place.
+
+    Args:
+        model: From images to logits; float32, on the CPU. It ends in evaluation mode.
+        images: Example input, (N, C, H, W) with N >= 2; the check after surgery runs on it.
+        criterion: Scores the channels (see ``importance.py``).
+        goal: How much, and where not.
+        seed: Seed of the trials that find out what can be pruned.
+
+    Returns:
+        What was done, as plain JSON: MACs, parameters and widths before and after, and what was left alone,
+        why.
+
+    Raises:
+        PassRequirementError: the model does not work, nothing of it can be pruned, a name is unknown, or the
+            MACs asked for cannot be reached.
+    """
+    shapes = _shapes(model, images, "before pruning")
+    shape = tuple(images.shape[1:])
+    macs, params, old_widths = count_macs(model, shape), count_params(model), widths(model)
+    structure = analyse(model, images, protect=goal.protect, seed=seed)
+    _check_ratios(model, structure, goal.ratios)
+    scores = criterion(model, structure.groups)
+    found = ladders(
+        structure.groups,
+        scores,
+        round_to=goal.round_to,
+        max_ratio=goal.max_ratio,
+        ratios=ratios_of(structure.groups, goal.ratios),
+    )
+    protected = (*structure.protected, *_left_alone(structure.groups, scores, found, goal))
+    if not any(len(ladder.steps) > 1 for ladder in found):
+        raise PassRequirementError(f"prune: no layer can be pruned: {_summary(protected)}")
+    losses = _losses(model, images, structure, found, goal, macs)
+    cuts = removals(losses)
+    _check_surgery(model, images, cuts, structure)
+    remove(model, cuts)
+    if _shapes(model, images, "after pruning") != shapes:
+        raise RuntimeError("pruning changed the shape of the outputs")
+    after = count_macs(model, shape)
+    return {
+        "macs_before": macs,
+        "macs_after": after,
+        "macs_ratio": after / macs,
+        "params_before": params,
+        "params_after": count_params(model),
+        "pruning_ratio": sum(len(channels) for _, channels in losses)
+        / sum(g.width for g in structure.groups),
+        "widths": {
+            name: {"before": list(old_widths[name]), "after": list(now)}
+            for name, now in widths(model).items()
+            if now != old_widths[name]
+        },
+        "protected": [
+            {"layers": list(kept.layers), "channels": kept.channels, "reason": kept.reason}
+            for kept in protected
+        ],
+    }
+
+
+def _shapes(model: nn.Module, images: Tensor, when: str) -> list[tuple[int, ...]]:
+    """Shapes of the outputs for ``images``, which must be finite."""
+    with torch.no_grad():
+        outputs = forward(model, images)
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        raise PassRequirementError(
+            f"prune: the model's outputs {when} hold NaN or infinity; its weights are damaged: train it again"
+        )
+    return [tuple(output.shape) for output in outputs]
+
+
+def _check_ratios(model: nn.Module, structure: Structure, ratios: Mapping[str, float]) -> None:
+    """Every name in ``ratios`` must be a module in which something can be pruned."""
+    named = {name: None for name, _ in model.named_modules() if name}
+    for name in ratios:
+        if name not in named:
+            raise PassRequirementError(
+                f'prune.ratios: the model has no module "{name}"; {nearest(name, suggestions(named, name))}'
+            )
+        if not any(is_inside(layer, name) for group in structure.groups for layer in group.producers):
+            reasons = [
+                p.reason for p in structure.protected if any(is_inside(layer, name) for layer in p.layers)
+            ]
+            why = reasons[0] if reasons else "it holds no layer that makes channels"
+            raise PassRequirementError(
+                f'prune.ratios: nothing in "{name}" can be pruned: {why}; remove the name'
+            )
+
+
+def _left_alone(
+    groups: Sequence[ChannelGroup], scores: Sequence[Scores], found: Sequence[Ladder], goal: Goal
+) -> list[Protected]:
+    """Groups that could be pruned, but for the criterion or their width."""
+    steps = dict.fromkeys(range(len(groups)), 1)
+    for ladder in found:
+        steps[ladder.group] = max(steps[ladder.group], len(ladder.steps))
+    left = []
+    for index, group in enumerate(groups):
+        if scores[index] is None:
+            reason = "the importance has nothing to rank these channels by"
+        elif steps[index] == 1:
+            reason = (
+                f"no smaller multiple of round_to = {goal.round_to} within max_ratio = {goal.max_ratio:g}"
+            )
+        else:
+            continue
+        left.append(Protected(layers=group.producers, channels=group.width, reason=reason))
+    return left
+
+
+def _summary(protected: Sequence[Protected]) -> str:
+    reasons = list(dict.fromkeys(kept.reason for kept in protected))
+    return "; ".join(reasons) if reasons else "it has no convolution or linear layer"
+
+
+def _losses(
+    model: nn.Module,
+    images: Tensor,
+    structure: Structure,
+    found: Sequence[Ladder],
+    goal: Goal,
+    macs: int,
+) -> list[tuple[ChannelGroup, IntArray]]:
+    """The channels that each group loses."""
+
+    def at(ratio: float) -> list[tuple[ChannelGroup, IntArray]]:
+        return chosen(structure.groups, found, allocate(found, ratio, goal.scope))
+
+    if goal.pruning_ratio is not None:
+        return at(goal.pruning_ratio)
+    if goal.macs_ratio is None:
+        raise TypeError("a goal needs pruning_ratio or macs_ratio")
+    by_layer = macs_by_layer(model, images)
+    fixed = macs - sum(by_layer.values())  # what other operators compute does not shrink here
+
+    def macs_at(ratio: float) -> int:
+        return fixed + macs_after(model, by_layer, removals(at(ratio)))
+
+    ratio = ratio_for_macs(macs_at, int(goal.macs_ratio * macs))
+    if ratio is None:
+        raise PassRequirementError(
+            f"prune.macs_ratio: {goal.macs_ratio:g} is out of reach, the least is {macs_at(1.0) / macs:.4f}; "
+            "raise it or max_ratio, or lower round_to"
+        )
+    return at(ratio)
+
+
+def _check_surgery(model: nn.Module, images: Tensor, cuts: Removals, structure: Structure) -> None:
+    """The pruned model must compute what the model computes with the same channels silenced.
+
+    Raises:
+        RuntimeError: it does not, although each group was tried out: an error of ours.
+    """
+    exact = copy.deepcopy(model).double()
+    found = difference(exact, cuts, images.double(), training_heads=structure.training_heads)
+    if isinstance(found, str) or found > TOLERANCE:
+        raise RuntimeError(f"pruning would break the model although its parts were tried out ({found})")

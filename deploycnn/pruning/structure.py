@@ -1,0 +1,127 @@
+"""Find the channels of a model that can be pruned, and say of all others why they cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deploycnn.errors import PassRequirementError, nearest
+from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected
+from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
+from deploycnn.pruning.tracing import propose, unreached
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """A model's channels.
+
+    Attributes:
+        groups: Prunable ones, each tried out, in the order of the model's layers.
+        protected: The others.
+        training_heads: Whether the model computes more in training mode (auxiliary classifiers).
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    protected: tuple[Protected, ...]
+    training_heads: bool
+
+
+def analyse(model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), seed: int = 0) -> Structure:
+    """Find the groups of channels that can be pruned from ``model``, which is left as it is.
+
+    Args:
+        model: Any module from images to one or more tensors.
+        images: Example input, (N, C, H, W) with N >= 2.
+        protect: Names of layers, or of modules for all layers in them, whose output channels must stay.
+        seed: Seed of the weights and channels with which the groups are tried out.
+
+    Raises:
+        PassRequirementError: a name in ``protect`` is unknown, or the model cannot be followed.
+    """
+    named = dict(model.named_modules())
+    for name in protect:
+        if not name or name not in named:
+            raise PassRequirementError(
+                f'prune.protect: the model has no module "{name}"; {nearest(name, suggestions(named, name))}'
+            )
+    device_images = images.detach().to("cpu", torch.float64)
+    twin = randomized(model, device_images, seed).cpu()
+    groups, graph = propose(twin, device_images, training_heads=False)
+    heads = bool(unreached(twin, graph))
+    if heads:
+        with_heads, graph = propose(twin, device_images, training_heads=True)
+        groups, heads = (with_heads, True) if not unreached(twin, graph) else (groups, False)
+    kept, protected = _set_aside(groups, protect)
+    sound, broken = _tried_out(twin, device_images, kept, training_heads=heads, seed=seed)
+    return Structure(groups=tuple(sound), protected=(*protected, *broken), training_heads=heads)
+
+
+def suggestions(names: Iterable[str], wrong: str) -> list[str]:
+    """Names of modules as deep as ``wrong``: what its writer may have meant."""
+    return [name for name in names if name and name.count(".") == wrong.count(".")]
+
+
+def _set_aside(groups: Groups, protect: Sequence[str]) -> tuple[list[ChannelGroup], list[Protected]]:
+    """Take the groups out that the user wants to keep."""
+    kept, protected = [], list(groups.protected)
+    for group in groups.prunable:
+        wanted = next(
+            (name for name in protect if any(is_inside(layer, name) for layer in group.producers)), None
+        )
+        if wanted is None:
+            kept.append(group)
+        else:
+            reason = f"protected by the recipe ({wanted})"
+            protected.append(Protected(layers=group.producers, channels=group.width, reason=reason))
+    return kept, protected
+
+
+def is_inside(layer: str, module: str) -> bool:
+    """Whether a layer is the module of that name, or lies in it."""
+    return layer == module or layer.startswith(module + ".")
+
+
+def _tried_out(
+    twin: nn.Module, images: Tensor, groups: Sequence[ChannelGroup], *, training_heads: bool, seed: int
+) -> tuple[list[ChannelGroup], list[Protected]]:
+    """Prune some of every group; where the result is wrong, find the groups to blame."""
+    cuts = {group.name: _some(group, seed + index) for index, group in enumerate(groups)}
+
+    def fault(tested: Sequence[ChannelGroup]) -> str | None:
+        merged: Removals = removals([(group, cuts[group.name]) for group in tested])
+        found = difference(twin, merged, images, training_heads=training_heads)
+        if isinstance(found, str):
+            return found
+        return None if found <= TOLERANCE else f"the outputs change by {found:.1e} of their size"
+
+    sound, broken = list(groups), []
+    if fault(sound) is not None:
+        sound = []
+        for group in groups:
+            why = fault([group])
+            if why is None:
+                sound.append(group)
+            else:
+                reason = f"pruning them on trial breaks the model ({why})"
+                broken.append(Protected(layers=group.producers, channels=group.width, reason=reason))
+        why = fault(sound)
+        if why is not None:
+            raise PassRequirementError(
+                f"prune: groups that can be pruned alone break the model together ({why})"
+            )
+    return sound, broken
+
+
+def _some(group: ChannelGroup, seed: int) -> IntArray:
+    """Random channels of a group, another number from each unit: an equal one would hide a wrong split."""
+    generator = np.random.default_rng(seed)
+    chosen = []
+    for unit in group.units:
+        count = len(unit.atoms)
+        removed = int(generator.integers(1, max(2, count // 2 + 1))) if count > 1 else 0
+        chosen.append(unit.atoms[generator.permutation(count)[:removed]].ravel())
+    return np.sort(np.concatenate(chosen))
