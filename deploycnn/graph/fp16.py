@@ -193,7 +193,7 @@ class _Rewriter:
         self.taken = set(self.types)
         self.nodes: list[NodeProto] = []
         #: Float32 name of the source graph -> its name as float32 / as FP16 in the new graph.
-        self.floats = {value.name: value.name for value in source.graph.input}
+        self.floats: dict[str, str] = {value.name: value.name for value in source.graph.input}
         self.halves: dict[str, str] = {}
         self.converted = 0
         self.casts = 0

@@ -44,7 +44,7 @@ def _module_path(node: NodeProto, parameters: Set[str]) -> str:
     """
     for name in node.input[1:]:
         if name in parameters:
-            return name.rpartition(".")[0]
+            return str(name).rpartition(".")[0]
     for entry in node.metadata_props:
         if entry.key == SCOPES:
             scopes: list[str] = ast.literal_eval(entry.value)

@@ -45,7 +45,8 @@ class Parity:
         max_abs_error: Largest ``|a - b|`` over all outputs and images.
         max_rel_error: Largest ``|a - b| / max|b|``, the maximum over one image's output.
         worst_ratio: Largest ``|a - b|`` as a share of what the tolerance allows; above 1 is a failure.
-        top1_agreement: Share of images, in [0, 1], whose largest element of the first output is the same.
+        top1_agreement: Share of images, in [0, 1], whose largest logit is the same; ``None`` where the first output
+            is not (N, classes).
         batch_sizes: Batch sizes that were run, each over all images.
         images: How many images.
         source: Where the images came from: "val images", "train images" or "random images".
@@ -56,7 +57,7 @@ class Parity:
     max_abs_error: float
     max_rel_error: float
     worst_ratio: float
-    top1_agreement: float
+    top1_agreement: float | None
     tolerance: Tolerance
     batch_sizes: tuple[int, ...]
     images: int
@@ -84,7 +85,7 @@ class Parity:
             f"{what} differs from its {self.reference} reference by {self.max_abs_error:.3g} (relative "
             f"{self.max_rel_error:.3g}; allowed {self.tolerance.absolute:g} + {self.tolerance.relative:g} * "
             f"max|output|) on {self.images} {self.source} at batch sizes {list(self.batch_sizes)}, "
-            f"top-1 agreement {self.top1_agreement:.3f}; raise the tolerance if that is acceptable"
+            f"top-1 agreement {self.top1_agreement}; raise the tolerance if that is acceptable"
         )
 
 
@@ -104,8 +105,9 @@ def measure_parity(
     for batch_size in batch_sizes:
         for batch in _chunks(images_NCHW, batch_size):
             expected, actual = reference(batch), candidate(batch)
-            agreeing += int((_top1(expected[0]) == _top1(actual[0])).sum())
-            total += len(batch)
+            if expected[0].ndim == 2 and expected[0].shape == actual[0].shape:
+                agreeing += int((expected[0].argmax(axis=1) == actual[0].argmax(axis=1)).sum())
+                total += len(batch)
             for right, found in zip(expected, actual, strict=True):
                 errors, peaks = _errors(right, found)
                 allowed = tolerance.absolute + tolerance.relative * peaks
@@ -116,7 +118,7 @@ def measure_parity(
         max_abs_error=absolute,
         max_rel_error=relative,
         worst_ratio=worst,
-        top1_agreement=agreeing / max(total, 1),
+        top1_agreement=agreeing / total if total else None,
         tolerance=tolerance,
         batch_sizes=tuple(batch_sizes),
         images=len(images_NCHW),
@@ -138,11 +140,6 @@ def _errors(expected: Array, actual: Array) -> tuple[npt.NDArray[np.float64], np
 def _largest(so_far: float, values: npt.NDArray[np.float64]) -> float:
     """Maximum that lets NaN through."""
     return float(np.maximum(so_far, values.max(initial=0.0)))
-
-
-def _top1(outputs: Array) -> npt.NDArray[np.intp]:
-    best: npt.NDArray[np.intp] = np.argmax(outputs.reshape(len(outputs), -1), axis=1)
-    return best
 
 
 def _chunks(images: npt.NDArray[np.float32], size: int) -> Iterator[npt.NDArray[np.float32]]:

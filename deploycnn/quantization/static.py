@@ -186,10 +186,10 @@ def insert_qdq(model: ModelProto, placement: Placement, ranges: Ranges, settings
             extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True},
         )
         quantized: ModelProto = quantizer.quantize_model()
-    float_outputs_of_products(quantized, chosen)
-    quantized.producer_name, quantized.producer_version = "deploycnn", ""
     # The quantizer appends its nodes at the end.
     sort_nodes(quantized)
+    float_outputs_of_products(quantized, chosen)
+    quantized.producer_name, quantized.producer_version = "deploycnn", ""
     return infer_shapes(quantized)
 
 
