@@ -166,8 +166,8 @@ def evaluate(
         scores = session.run(_filled(batch.images, batch_size))[0]
         if scores.shape != (batch_size, classes):
             raise ArtifactError(
-                f"the first output is {' x '.join(map(str, scores.shape))}, expected {batch_size} x {classes} "
-                f"for {batch_size} images of {classes} classes; is this a classifier of these data?"
+                f"the first output is {' x '.join(map(str, scores.shape))}, expected {batch_size} x "
+                f"{classes} (images x classes); is this a classifier of these data?"
             )
         scores = scores[: len(batch.indices)]
         best = scores.argmax(axis=1)

@@ -52,8 +52,8 @@ class TimingSettings:
     Attributes:
         budget_s: Seconds for each candidate, opening its sessions included. The minimum counts come first: a
             model so slow that they do not fit takes longer.
-        rounds: How often sessions are opened anew, at most.
-        min_rounds: ... and at least.
+        rounds: How often sessions are opened anew, at most; 3 or more.
+        min_rounds: How often at least, where ``rounds`` allows so many.
         blocks: Blocks of runs in a round, at most.
         min_runs: Timed runs in a block, at least.
         max_runs: Timed runs in a block, at most.
@@ -74,8 +74,8 @@ class TimingSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that give no interval."""
-        if not 3 <= self.min_rounds <= self.rounds:
-            raise ValueError(f"min_rounds is {self.min_rounds}; it must be from 3 to rounds ({self.rounds})")
+        if self.rounds < 3 or self.min_rounds < 3:
+            raise ValueError(f"rounds and min_rounds must be 3 or more, got {self.rounds}, {self.min_rounds}")
         if not 1 <= self.min_runs <= self.max_runs or self.blocks < 1 or self.warmup_runs < 1:
             raise ValueError("min_runs, blocks and warmup_runs must be 1 or more, and max_runs >= min_runs")
         if not (self.budget_s > 0 and self.warmup_s >= 0):
@@ -147,7 +147,7 @@ def make_schedule(
     )
     total_s = settings.budget_s * count
     rounds = int(total_s / (needs_s + sum(opens_s)))
-    rounds = min(settings.rounds, max(settings.min_rounds, rounds))
+    rounds = min(settings.rounds, max(settings.min_rounds, rounds))  # where they clash, `rounds` wins
     round_s = total_s / rounds - sum(opens_s)
     blocks = min(settings.blocks, max(1, int(round_s / needs_s)))
     share_s = round_s / blocks / count

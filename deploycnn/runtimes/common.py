@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.errors import ArtifactError, DeployCNNError, RuntimeUnavailable
+from deploycnn.runtimes.base import Availability
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,12 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     text = re.sub(r"/\S*/(\S+\.(?:cc|cpp|h)):\d+ [^|]*?\)\s", "", text)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def unavailable(error: DeployCNNError, version: str, mend: str) -> Availability:
+    """The answer where something failed: messages read "what is wrong; how to mend it"."""
+    why, _, own_mend = str(error).partition("; ")
+    return Availability(ok=False, version=version, why=why, mend=own_mend or mend)
 
 
 def check_file(artifact: Artifact, accepts: Sequence[Format], runtime: str) -> Path:

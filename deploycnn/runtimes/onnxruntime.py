@@ -31,6 +31,7 @@ from deploycnn.runtimes.common import (
     check_request,
     one_line,
     precision_label,
+    unavailable,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class OnnxRuntime(Runtime):
             _check_assignment(_create(ort, _tiny_model(), self.mode, threads=1), self.mode, "a test graph")
         except (RuntimeUnavailable, ArtifactError) as error:
             mend = _CUDA_MEND if self.mode == "cuda" else 'pip install "deploycnn[cpu]"'
-            return Availability(ok=False, version=_version(), why=str(error), mend=mend)
+            return unavailable(error, _version(), mend)
         return Availability(ok=True, version=_version())
 
     def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> Session:
@@ -97,23 +98,27 @@ class OnnxRuntime(Runtime):
                 f'{path}: input "{inputs[0].name}" is {inputs[0].type}, expected tensor(float)'
             )
         check_batch(path, inputs[0].shape[0], batch_size)
-        stat = path.stat()
-        executed = Executed(
-            provider=session.get_providers()[0],
-            precision=_executed_precision(path, stat.st_size, stat.st_mtime_ns, self.mode),
-            threads=session.get_session_options().intra_op_num_threads,
-        )
-        return _OrtSession(ort, session, path, executed)
+        return _OrtSession(ort, session, path, self.mode)
 
 
 class _OrtSession(Session):
-    def __init__(self, ort: ModuleType, session: Any, path: Path, executed: Executed) -> None:
-        self.executed = executed
+    def __init__(self, ort: ModuleType, session: Any, path: Path, mode: str) -> None:
+        self._mode = mode
         self._ort = ort
         self._session: Any = session
         self._path = path
         self._input = session.get_inputs()[0]
         self._outputs = [item.name for item in session.get_outputs()]
+
+    @functools.cached_property
+    def executed(self) -> Executed:  # type: ignore[override]
+        """Read when first asked for: telling the precision takes memory and time that no inference takes."""
+        stat = self._path.stat()
+        return Executed(
+            provider=self._session.get_providers()[0],
+            precision=_executed_precision(self._path, stat.st_size, stat.st_mtime_ns, self._mode),
+            threads=self._session.get_session_options().intra_op_num_threads,
+        )
 
     def run(self, images_NCHW: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
         """Outputs in graph order, as float32.

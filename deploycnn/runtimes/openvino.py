@@ -26,6 +26,7 @@ from deploycnn.runtimes.common import (
     check_request,
     one_line,
     precision_label,
+    unavailable,
 )
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ class OpenVino(Runtime):
             core = _core()
             _require_precision(core, self.mode)
         except RuntimeUnavailable as error:
-            return Availability(
-                ok=False, version=_version(), why=str(error), mend='pip install "deploycnn[openvino]"'
-            )
+            return unavailable(error, _version(), 'pip install "deploycnn[openvino]"')
         return Availability(ok=True, version=_version())
 
     def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> Session:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from deploycnn import optional
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
-from deploycnn.runtimes.common import check_file, check_images, check_request, one_line
+from deploycnn.runtimes.common import check_file, check_images, check_request, one_line, unavailable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,8 +47,7 @@ class PyTorch(Runtime):
             torch = optional.require("torch")
             _require(torch, self.mode)
         except RuntimeUnavailable as error:
-            why, _, mend = str(error).partition("; ")
-            return Availability(ok=False, why=why, mend=mend)
+            return unavailable(error, "", "pip install torch")
         return Availability(ok=True, version=torch.__version__)
 
     def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> Session:
