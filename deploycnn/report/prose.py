@@ -120,9 +120,9 @@ def method(report: Report) -> list[str]:
             f"alike.{here}"
         ),
         (
-            f"Speed-up is baseline latency / variant latency. Its {confidence} interval is a bootstrap{drawn} "
-            "over blocks and sessions; where it cannot exclude \u201cthe same\u201d, they are called "
-            "indistinguishable."
+            f"Speed-up is baseline latency / variant latency. Its {confidence} interval is a "
+            f"bootstrap{drawn} over blocks and sessions; where it cannot exclude \u201cthe same\u201d, the "
+            "verdict is indistinguishable."
         ),
         "Quantiles are of the raw samples, kept beside this report. Throughput is batch size / median.",
     ]

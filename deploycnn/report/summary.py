@@ -52,19 +52,19 @@ def columns(report: Report) -> list[Column]:
     latencies = [Column(key=f"latency:{batch}", title=f"ms, b{batch}", priority=2) for batch in batches]
     speedups = [Column(key=f"speedup:{batch}", title=f"speed-up, b{batch}", priority=1) for batch in batches]
     for extra in range(1, len(batches)):
-        latencies[extra] = Column(key=latencies[extra].key, title=latencies[extra].title, priority=7)
-        speedups[extra] = Column(key=speedups[extra].key, title=speedups[extra].title, priority=4)
+        latencies[extra] = Column(key=latencies[extra].key, title=latencies[extra].title, priority=8)
+        speedups[extra] = Column(key=speedups[extra].key, title=speedups[extra].title, priority=5)
     timing = [column for pair in zip(latencies, speedups, strict=True) for column in pair]
     candidates = [
         Column(key="name", title="variant", priority=0, numeric=False),
         Column(key="top1", title="top-1", priority=3),
         Column(key="change", title="change, points", priority=1),
         *timing,
-        Column(key="size", title="size", priority=3),
-        Column(key="macs", title="MACs", priority=6),
-        Column(key="params", title="params", priority=8),
-        Column(key="memory", title="peak memory", priority=9),
-        Column(key="runtime", title="runtime", priority=5, numeric=False),
+        Column(key="size", title="size", priority=4),
+        Column(key="macs", title="MACs", priority=7),
+        Column(key="params", title="params", priority=9),
+        Column(key="memory", title="peak memory", priority=10),
+        Column(key="runtime", title="runtime", priority=6, numeric=False),
         Column(key="budget", title="budget", priority=2, numeric=False),
     ]
     rows = [cells(report, variant) for variant in report["variants"]]

@@ -33,17 +33,21 @@ def render_text(report: Mapping[str, Any], *, width: int = 100) -> str:
     checked = validate(report)
     width = max(40, width)
     columns, rows = table(checked, width)
-    widths = [max(len(row[i]) for row in [[c.title for c in columns], *rows]) for i in range(len(columns))]
-    lines = [
-        "".join(
-            (cell.rjust if column.numeric else cell.ljust)(size) + " " * _GAP
-            for column, cell, size in zip(columns, row, widths, strict=True)
-        ).rstrip()
-        for row in [[column.title for column in columns], *rows]
-    ]
-    lines.insert(1, "-" * max(len(line) for line in lines))
+    lines = aligned([column.title for column in columns], rows, [column.numeric for column in columns])
     parts = [*wrap(clean(prose.headline(checked)), width), "", *lines, *_notes(checked, width)]
     return "\n".join(parts)
+
+
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
+    """Lines of a plain table: titles, a rule, the rows; numbers to the right."""
+    every = [titles, *rows]
+    widths = [max(len(row[index]) for row in every) for index in range(len(titles))]
+    lines = []
+    for row in every:
+        cells = zip(row, widths, numeric, strict=True)
+        padded = (cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells)
+        lines.append((" " * _GAP).join(padded).rstrip())
+    return [lines[0], "-" * max(len(line) for line in lines), *lines[1:]]
 
 
 def print_rich(report: Mapping[str, Any], *, width: int) -> None:
@@ -60,7 +64,7 @@ def print_rich(report: Mapping[str, Any], *, width: int) -> None:
     checked = validate(report)
     columns, rows = table(checked, width)
     winner = checked["winner"]["variant"] if checked["winner"] else None
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, _GAP, 0, 0), show_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, _GAP - 1, 0, 0), show_edge=False)
     for column in columns:
         grid.add_column(Text(column.title), justify="right" if column.numeric else "left", no_wrap=True)
     styles = {"good": "green", "bad": "red", "unsure": "yellow"}
@@ -83,36 +87,33 @@ def print_rich(report: Mapping[str, Any], *, width: int) -> None:
 def table(report: Report, width: int) -> tuple[list[summary.Column], list[list[str]]]:
     """Columns and cells that fit into ``width`` characters.
 
-    Columns beyond the essential ones go first, then intervals, then further columns; at last names are cut.
+    Of intervals and columns the less important goes first (:data:`_STAGES`); at last names are cut.
     """
     every = summary.columns(report)
-    keep = list(every)
-    while keep and _needed(*_cells(report, keep, intervals=True)) > width:
-        last = max(keep, key=lambda column: column.priority)
-        if last.priority < _ESSENTIAL:
-            break
-        keep.remove(last)
-    else:
-        return _cells(report, keep, intervals=True)
-    keep = list(every)
-    while len(keep) > 2 and _needed(*_cells(report, keep, intervals=False)) > width:
-        keep.remove(max(keep, key=lambda column: column.priority))
-    columns, rows = _cells(report, keep, intervals=False)
-    over = _needed(columns, rows) - width
-    if over > 0:
-        room = max(8, max(len(row[0]) for row in rows) - over)
-        rows = [[cut(row[0], room), *row[1:]] for row in rows]
-    return columns, rows
+    for noted, least in _STAGES:
+        keep = list(every)
+        while _needed(*_cells(report, keep, noted)) > width:
+            last = max(keep, key=lambda column: column.priority)
+            if last.priority < least:
+                break
+            keep.remove(last)
+        else:
+            return _cells(report, keep, noted)
+    columns, rows = _cells(report, keep, ())
+    room = max(8, max(len(row[0]) for row in rows) - (_needed(columns, rows) - width))
+    return columns, [[cut(row[0], room), *row[1:]] for row in rows]
 
 
-#: Intervals are worth more than columns of this priority and above.
-_ESSENTIAL = 5
-#: Columns whose small print is worth its room in a terminal.
-_WITH_NOTE = ("top1", "change", "speedup")
+#: What is tried, in order: columns that show their intervals, and the least priority that may be left out.
+_STAGES: tuple[tuple[tuple[str, ...], int], ...] = (
+    (("top1", "change", "speedup"), 6),
+    (("change", "speedup"), 4),
+    ((), 1),
+)
 
 
 def _cells(
-    report: Report, columns: Sequence[summary.Column], *, intervals: bool
+    report: Report, columns: Sequence[summary.Column], noted: Sequence[str]
 ) -> tuple[list[summary.Column], list[list[str]]]:
     rows = []
     for variant in report["variants"]:
@@ -120,8 +121,8 @@ def _cells(
         row = []
         for column in columns:
             cell = known[column.key]
-            noted = intervals and cell.note and column.key.partition(":")[0] in _WITH_NOTE
-            row.append(cut(clean(f"{cell.text} ({cell.note})" if noted else cell.text), _LONGEST_NAME))
+            shown = cell.note and cell.text != "1x" and column.key.partition(":")[0] in noted
+            row.append(cut(clean(f"{cell.text} ({cell.note})" if shown else cell.text), _LONGEST_NAME))
         rows.append(row)
     return list(columns), rows
 
