@@ -15,7 +15,7 @@ from deploycnn import bundle, evidence, files, measure
 from deploycnn import recipe as recipes
 from deploycnn import recipes as shipped
 from deploycnn.core import Artifact
-from deploycnn.errors import DeployCNNError, RecipeError, RuntimeUnavailable
+from deploycnn.errors import DeployCNNError, RecipeError
 from deploycnn.events import Events, Silent
 from deploycnn.execute import Outcome, execute
 from deploycnn.plan import Plan, check_chains, plan
@@ -113,9 +113,22 @@ def compress(
     with Store.open(_folder(loaded, out)) as store:
         planned, outcome, opened = _make(loaded, store, events)
         subjects = _subjects(loaded, planned, outcome)
-        measured = measure.measure(subjects, loaded, store, opened, events)
-        report = evidence.report(loaded, planned, outcome, measured, store, opened)
-        _write_report(store, report)
+        measured = measure.measure(
+            subjects, loaded.runtimes, loaded.profile, store, opened, events, seed=loaded.seed
+        )
+        report = evidence.report(
+            evidence.Inputs(
+                name=loaded.name,
+                entries=entries(loaded, planned, outcome, store),
+                baseline=loaded.baseline,
+                measured=measured,
+                profile=loaded.profile,
+                budget=loaded.budget,
+                data=opened,
+                recipe=recipes.dump(loaded),
+            )
+        )
+        write_report(store, report)
         _write_winner(store, report, subjects)
     _raise_bugs(outcome)
     return Run(path=store.root, report=report, problems=_problems(outcome, planned, measured, loaded))
@@ -258,6 +271,37 @@ def _subjects(recipe: Recipe, planned: Plan, outcome: Outcome) -> list[measure.S
     ]
 
 
+def entries(recipe: Recipe, planned: Plan, outcome: Outcome, store: Store) -> list[evidence.Entry]:
+    """What the report says of how each variant was made."""
+    result = []
+    for name, keys in planned.chains.items():
+        manifests = [store.manifest(planned.step(key)) for key in keys if key in outcome.artifacts]
+        parities = [
+            manifest["facts"]["record"]["parity"] for manifest in manifests if manifest["step"] == "export"
+        ]
+        result.append(
+            evidence.Entry(
+                name=name,
+                passes=tuple(pass_name for pass_name, _ in recipe.variant(name).passes),
+                artifact=outcome.artifacts.get(keys[-1]),
+                why=outcome.failures.get(keys[-1], ""),
+                parity=parities[-1] if parities else None,
+                provenance=tuple(_provenance(manifest) for manifest in manifests),
+            )
+        )
+    return result
+
+
+def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "pass": manifest["step"],
+        "key": manifest["key"],
+        "options": manifest["options"],
+        "seconds": manifest["seconds"],
+        "record": manifest["facts"]["record"],
+    }
+
+
 def _raise_baseline(recipe: Recipe, planned: Plan, outcome: Outcome) -> None:
     failure = outcome.failures.get(planned.chains[recipe.baseline][-1])
     if failure is None:
@@ -283,7 +327,7 @@ def _problems(outcome: Outcome, planned: Plan, measured: measure.Measured, recip
     return tuple(problems)
 
 
-def _write_report(store: Store, report: Mapping[str, Any]) -> None:
+def write_report(store: Store, report: Mapping[str, Any]) -> None:
     from deploycnn.report import write_reports
 
     with files.storage_errors(store.root):
@@ -309,5 +353,5 @@ def _write_winner(store: Store, report: Mapping[str, Any], subjects: Sequence[me
 
 
 __all__ = [
-    "PlannedStep", "Run", "RuntimeUnavailable", "compress", "dry_run", "export", "load_recipe", "open_data",
+    "PlannedStep", "Run", "compress", "dry_run", "export", "load_recipe", "open_data",
 ]  # fmt: skip

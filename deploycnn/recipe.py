@@ -31,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class Budget:
     """What the winner may cost."""
 
-    max_top1_drop: Annotated[float, Ge(0), Le(1), "Largest top-1 drop against the baseline, as a fraction."]
+    max_top1_drop: Annotated[float, Ge(0), Le(1), "Largest top-1 drop against the baseline, as a fraction."] = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Recipe:
     target: targets.Target
     variants: tuple[Variant, ...]
     baseline: str
-    budget: Budget | None
+    budget: Budget
     profile: Profile
     seed: int
     task: str = "classification"
@@ -221,7 +221,7 @@ def parse(raw: Mapping[str, Any], *, base: Path, default_name: str = "run", wher
         target=targets.get(raw.get("target", "onnxruntime-cpu")),
         variants=variants,
         baseline=baseline,
-        budget=schema.build(Budget, raw["budget"], f"{where}: budget") if raw.get("budget") else None,
+        budget=schema.build(Budget, raw.get("budget"), f"{where}: budget"),
         profile=profile,
         seed=seed,
     )
@@ -323,12 +323,11 @@ def _with_raw(recipe: Recipe) -> Recipe:
             variant.name: [{name: schema.to_json(step)} for name, step in variant.passes]
             for variant in recipe.variants
         },
+        "budget": schema.to_json(recipe.budget),
         "profile": schema.to_json(recipe.profile),
     }
     if recipe.data is not None:
         raw["data"] = {recipe.data[0]: schema.to_json(recipe.data[1])}
     if recipe.preprocessing is not None:
         raw["preprocessing"] = dict(recipe.preprocessing)
-    if recipe.budget is not None:
-        raw["budget"] = schema.to_json(recipe.budget)
     return dataclasses.replace(recipe, raw=raw)

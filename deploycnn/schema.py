@@ -92,8 +92,9 @@ def _adapter(cls: type[Any]) -> Any:
             continue
         seen.add(current)
         current.__pydantic_config__ = {"extra": "forbid"}
-        for hint in typing.get_type_hints(current, include_extras=True).values():
-            pending.extend(_nested(hint))
+        hints = typing.get_type_hints(current, include_extras=True)
+        for name in field_names(current):
+            pending.extend(_nested(hints[name]))
     return TypeAdapter(cls)
 
 

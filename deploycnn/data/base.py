@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from deploycnn.data.preprocessing import Preprocessing
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from deploycnn.data.preprocessing import Preprocessing
 
 
 class Split(Protocol):

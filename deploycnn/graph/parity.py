@@ -44,7 +44,8 @@ class Parity:
     Attributes:
         max_abs_error: Largest ``|a - b|`` over all outputs and images.
         max_rel_error: Largest ``|a - b| / max|b|``, the maximum over one image's output.
-        worst_ratio: Largest ``|a - b|`` as a share of what the tolerance allows; above 1 is a failure.
+        worst_ratio: Largest ``|a - b|`` as a share of what the tolerance allows; above 1 is a failure; ``None``
+            where nothing was demanded.
         top1_agreement: Share of images, in [0, 1], whose largest logit is the same; ``None`` where the first output
             is not (N, classes).
         batch_sizes: Batch sizes that were run, each over all images.
@@ -56,9 +57,9 @@ class Parity:
 
     max_abs_error: float
     max_rel_error: float
-    worst_ratio: float
+    worst_ratio: float | None
     top1_agreement: float | None
-    tolerance: Tolerance
+    tolerance: Tolerance | None
     batch_sizes: tuple[int, ...]
     images: int
     source: str
@@ -79,7 +80,7 @@ class Parity:
             ParityError: beyond the tolerance, or not finite.
         """
         # Written so that NaN fails.
-        if self.worst_ratio <= 1.0:
+        if self.tolerance is None or self.worst_ratio is None or self.worst_ratio <= 1.0:
             return
         raise ParityError(
             f"{what} differs from its {self.reference} reference by {self.max_abs_error:.3g} (relative "
@@ -95,11 +96,14 @@ def measure_parity(
     images_NCHW: npt.NDArray[np.float32],
     *,
     batch_sizes: Sequence[int],
-    tolerance: Tolerance,
+    tolerance: Tolerance | None,
     source: str,
     against: Literal["pytorch", "fp32 onnx"],
 ) -> Parity:
-    """Compare two evaluations on the same images, at each batch size over all of them."""
+    """Compare two evaluations on the same images, at each batch size over all of them.
+
+    Without a tolerance the errors are measured and nothing is demanded.
+    """
     absolute = relative = worst = 0.0
     agreeing = total = 0
     for batch_size in batch_sizes:
@@ -110,14 +114,15 @@ def measure_parity(
                 total += len(batch)
             for right, found in zip(expected, actual, strict=True):
                 errors, peaks = _errors(right, found)
-                allowed = tolerance.absolute + tolerance.relative * peaks
                 absolute = _largest(absolute, errors)
                 relative = _largest(relative, errors / np.maximum(peaks, np.finfo(np.float32).tiny))
-                worst = _largest(worst, errors / np.maximum(allowed, np.finfo(np.float32).tiny))
+                if tolerance is not None:
+                    allowed = tolerance.absolute + tolerance.relative * peaks
+                    worst = _largest(worst, errors / np.maximum(allowed, np.finfo(np.float32).tiny))
     return Parity(
         max_abs_error=absolute,
         max_rel_error=relative,
-        worst_ratio=worst,
+        worst_ratio=None if tolerance is None else worst,
         top1_agreement=agreeing / total if total else None,
         tolerance=tolerance,
         batch_sizes=tuple(batch_sizes),
