@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Lt
 
-from deploycnn.core import Artifact, Context, Draft, Format, Json, Pass
+from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass
 from deploycnn.errors import PassRequirementError, RecipeError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Prune(Pass):
             source.facts,
             params=count_params(model),
             macs=count_macs(model, shape),
-            size_bytes=sum(file.stat().st_size for file in ctx.output.iterdir()),
+            size_bytes=(ctx.output / MAIN_FILE["torch"]).stat().st_size,
             record={"pruning": self._options() | record},
         )
         return Draft(format="torch", inputs=source.inputs, outputs=source.outputs, facts=facts)

@@ -25,7 +25,7 @@ from deploycnn.pruning.costs import macs_after, macs_by_layer
 from deploycnn.pruning.groups import ChannelGroup, IntArray, Protected
 from deploycnn.pruning.importance import Criterion, Scores
 from deploycnn.pruning.layers import widths
-from deploycnn.pruning.structure import Structure, analyse, is_inside, suggestions
+from deploycnn.pruning.structure import Structure, analyse, is_inside, shrunk, suggestions
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, removals, remove
 from deploycnn.pruning.tracing import forward
 
@@ -74,7 +74,8 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
     shapes = _shapes(model, images, "before pruning")
     shape = tuple(images.shape[1:])
     macs, params, old_widths = count_macs(model, shape), count_params(model), widths(model)
-    structure = analyse(model, images, protect=goal.protect, seed=seed)
+    trial = shrunk(model, images)
+    structure = analyse(model, trial, protect=goal.protect, seed=seed)
     _check_ratios(model, structure, goal.ratios)
     scores = criterion(model, structure.groups)
     found = ladders(
@@ -89,7 +90,7 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
         raise PassRequirementError(f"prune: no layer can be pruned: {_summary(protected)}")
     losses = _losses(model, images, structure, found, goal, macs)
     cuts = removals(losses)
-    _check_surgery(model, images, cuts, structure)
+    _check_surgery(model, trial, cuts, structure)
     remove(model, cuts)
     if _shapes(model, images, "after pruning") != shapes:
         raise RuntimeError("pruning changed the shape of the outputs")

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
-from deploycnn.pruning.tracing import propose, unreached
+from deploycnn.pruning.tracing import forward, propose, unreached
+
+#: Images for trials are not made smaller than this: networks reduce them up to 32 times.
+_LEAST_SIDE = 48
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,29 @@ def analyse(model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), se
     kept, protected = _set_aside(groups, protect)
     sound, broken = _tried_out(twin, device_images, kept, training_heads=heads, seed=seed)
     return Structure(groups=tuple(sound), protected=(*protected, *broken), training_heads=heads)
+
+
+def shrunk(model: nn.Module, images: Tensor) -> Tensor:
+    """Smaller images that the model takes as well, for trials that are about channels and not about pixels.
+
+    Args:
+        model: In evaluation mode.
+        images: (N, C, H, W).
+
+    Returns:
+        ``images``, without some of their rows and columns where their sides are 2 * 48 or more.
+    """
+    with torch.no_grad():
+        shapes = [output.shape for output in forward(model, images)]
+        while min(images.shape[2:]) >= 2 * _LEAST_SIDE:
+            smaller = images[:, :, ::2, ::2]
+            try:
+                if [output.shape for output in forward(model, smaller)] != shapes:
+                    break
+            except (AssertionError, IndexError, RuntimeError, ValueError):
+                break  # a model may demand its size
+            images = smaller
+    return images
 
 
 def suggestions(names: Iterable[str], wrong: str) -> list[str]:
