@@ -12,6 +12,7 @@ because JSON has no other keys.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired, cast
@@ -224,7 +225,7 @@ class Method(TypedDict, total=False):
     resamples: int
 
 
-@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # holds for everything inside, too
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # holds for all inside, too
 class Report(TypedDict):
     """The whole of ``report.json``.
 
@@ -288,7 +289,8 @@ def validate(report: Mapping[str, Any], where: str = "report.json") -> Report:
             "render it with the version that wrote it, or run the recipe again"
         )
     try:
-        _adapter().validate_python(report)
+        # Through JSON, because that is what is promised: a tuple is fine, an object that only looks right is not.
+        _adapter().validate_json(json.dumps(report))
     except ValidationError as error:
         raise ArtifactError(f"{where}: {_where(error)}") from error
     checked = cast("Report", report)

@@ -32,9 +32,7 @@ VARIANTS: dict[str, tuple[list[str], float, int, int, int, int, str]] = {
         "u8s8+f32",
     ),
 }
-FAILED = (
-    "fp16: parity 0.31 exceeds the tolerance 0.05 at batch 4; keep the first layer in fp32 (keep_fp32_ops)"
-)
+FAILED = "parity 0.31 exceeds the tolerance 0.05 at batch 4; keep the first layer in fp32 (keep_fp32_ops)"
 
 
 def _row(name: str, runtime: str, batch: int, threads: int, rng: random.Random) -> dict[str, Any]:
