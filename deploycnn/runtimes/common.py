@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -121,3 +122,22 @@ def precision_label(compute: Iterable[str], rest: Iterable[str] = ()) -> str:
     found, others = set(compute), set(rest)
     floats = sorted((found or others) - {"int8"}) or sorted(others - {"int8"}) or ["f32"]
     return "+".join(["int8", *floats] if "int8" in found else floats)
+
+
+@functools.cache
+def tiny_onnx() -> bytes:
+    """A 1x1 convolution, as the smallest graph that shows whether a runtime computes."""
+    from onnx import TensorProto, helper
+
+    shape = [1, 1, 2, 2]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["images", "weight"], ["logits"])],
+        "probe",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        [helper.make_tensor("weight", TensorProto.FLOAT, [1, 1, 1, 1], [1.0])],
+    )
+    model: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    ).SerializeToString()
+    return model

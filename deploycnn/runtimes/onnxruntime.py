@@ -31,6 +31,7 @@ from deploycnn.runtimes.common import (
     check_request,
     one_line,
     precision_label,
+    tiny_onnx,
     unavailable,
 )
 
@@ -68,7 +69,7 @@ class OnnxRuntime(Runtime):
         try:
             ort = optional.require("onnxruntime")
             _require_provider(ort, self.mode)
-            _check_assignment(_create(ort, _tiny_model(), self.mode, threads=1), self.mode, "a test graph")
+            _check_assignment(_create(ort, tiny_onnx(), self.mode, threads=1), self.mode, "a test graph")
         except (RuntimeUnavailable, ArtifactError) as error:
             mend = _CUDA_MEND if self.mode == "cuda" else 'pip install "deploycnn[cpu]"'
             return unavailable(error, _version(), mend)
@@ -310,22 +311,3 @@ def graph_precision(model: Any) -> str:
         # a weight that is dequantized or computed on the fly is f32 in all graphs that ONNX Runtime makes
         found.append(floats.get(kind, "f32") if kind is not None else "f32")
     return precision_label(found, ["f32"])
-
-
-@functools.cache
-def _tiny_model() -> bytes:
-    """A 1x1 convolution, as the smallest graph that shows whether a provider computes."""
-    from onnx import TensorProto, helper
-
-    shape = [1, 1, 2, 2]
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["images", "weight"], ["logits"])],
-        "probe",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
-        [helper.make_tensor("weight", TensorProto.FLOAT, [1, 1, 1, 1], [1.0])],
-    )
-    model: bytes = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
-    ).SerializeToString()
-    return model

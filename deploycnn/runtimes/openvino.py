@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploycnn import optional
@@ -26,12 +27,11 @@ from deploycnn.runtimes.common import (
     check_request,
     one_line,
     precision_label,
+    tiny_onnx,
     unavailable,
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     import numpy.typing as npt
 
@@ -53,11 +53,15 @@ class OpenVino(Runtime):
     mode: str = "f32"
 
     def availability(self) -> Availability:
-        """Whether OpenVINO loads, sees the CPU, and the CPU has the mode's arithmetic."""
+        """Whether OpenVINO loads, and a one-operator graph is compiled to the mode's arithmetic."""
         try:
             core = _core()
             _require_precision(core, self.mode)
-        except RuntimeUnavailable as error:
+            where = Path("a test graph")
+            _executed_precision(
+                _compile(core, core.read_model(tiny_onnx()), where, (), 1, 1, self.mode), self.mode, where
+            )
+        except (RuntimeUnavailable, ArtifactError) as error:
             return unavailable(error, _version(), 'pip install "deploycnn[openvino]"')
         return Availability(ok=True, version=_version())
 

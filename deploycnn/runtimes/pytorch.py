@@ -42,10 +42,11 @@ class PyTorch(Runtime):
     mode: str = "eager"
 
     def availability(self) -> Availability:
-        """Whether PyTorch loads, and has the GPU and the compiler that the mode needs."""
+        """Whether a convolution runs on the mode's device; the compiled mode's compiler is looked up only."""
         try:
             torch = optional.require("torch")
             _require(torch, self.mode)
+            _try_convolution(torch, self.mode)
         except RuntimeUnavailable as error:
             return unavailable(error, "", "pip install torch")
         return Availability(ok=True, version=torch.__version__)
@@ -211,6 +212,20 @@ def _require(torch: types.ModuleType, mode: str) -> None:
                 f"pytorch:compiled: torch.compile needs {missing} here; install it "
                 "(Debian, Ubuntu: apt install g++ python3-dev) or use pytorch:eager"
             )
+
+
+def _try_convolution(torch: types.ModuleType, mode: str) -> None:
+    device = "cuda:0" if mode.endswith("cuda") else "cpu"
+    try:
+        with torch.inference_mode():
+            torch.nn.functional.conv2d(
+                torch.ones(1, 1, 2, 2, device=device), torch.ones(1, 1, 1, 1, device=device)
+            ).cpu()
+    except RuntimeError as error:
+        raise RuntimeUnavailable(
+            f"pytorch:{mode}: a convolution on {device} fails ({one_line(error, 200)}); "
+            "check the driver, CUDA and cuDNN (deploycnn doctor)"
+        ) from error
 
 
 def missing_for_compile(environ: Mapping[str, str]) -> str | None:

@@ -1,0 +1,372 @@
+"""What works on this machine, what does not, why, and how to mend it.
+
+Libraries are tried in processes of their own: one that crashes on loading must not take the diagnosis with
+it. Every judgement is a function of what was found, so that each fault can be planted in a test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deploycnn import environment, registry
+from deploycnn.environment import Nvidia
+
+Status = Literal["ok", "warning", "error"]
+
+MIN_PYTHON = (3, 11)
+#: Free disk space below which a run is likely to fail, and below which it may.
+DISK_ERROR_BYTES, DISK_WARNING_BYTES = 200 * 2**20, 2 * 2**30
+#: Load per CPU above which timing is disturbed.
+BUSY_LOAD = 0.3
+
+#: Packages without a runtime class of their own: module -> (what for, how to install).
+MODULES: Mapping[str, tuple[str, str]] = {
+    "tensorrt": ("TensorRT engines", 'pip install "deploycnn[tensorrt]"'),
+    "tensorrt_rtx_bindings": ("TensorRT-RTX engines", 'pip install "deploycnn[tensorrt-rtx]"'),
+    "pycuda.driver": ("buffers for TensorRT", 'pip install "deploycnn[tensorrt]" (needs the CUDA toolkit)'),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the diagnosis.
+
+    Attributes:
+        name: What was looked at.
+        status: "error" is broken, "warning" is missing or doubtful.
+        what: What was found.
+        why: Why that is so; empty where it is fine.
+        mend: What to do about it; empty where there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    what: str
+    why: str = ""
+    mend: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Look at everything. Takes some seconds: each runtime is loaded and runs a tiny model."""
+    nvidia = environment.nvidia_smi()
+    findings = [
+        check_python(sys.version_info[:3]),
+        *check_onnxruntime_wheels(_installed("onnxruntime"), _installed("onnxruntime-gpu")),
+        *check_gpu(nvidia, _device_nodes()),
+        *check_driver(nvidia, _torch_cuda(), _onnxruntime_cuda()),
+    ]
+    gpu_wheel = bool(_installed("onnxruntime-gpu"))
+    for name in registry.names("runtime"):
+        modes = registry.get("runtime", name).modes
+        answers = probe_runtime(name, modes)
+        findings += [check_runtime(f"{name}:{mode}", answers[mode], nvidia, gpu_wheel) for mode in modes]
+    findings += [check_module(name, probe_module(name)) for name in MODULES]
+    findings += [
+        check_disk(Path.cwd(), shutil.disk_usage(Path.cwd()).free),
+        *check_cpus(os.cpu_count() or 1, environment.available_cpus(), cgroup_cpus()),
+        check_load(os.getloadavg()[0] if hasattr(os, "getloadavg") else None, environment.available_cpus()),
+    ]
+    return findings
+
+
+# --- judgements
+
+
+def check_python(found: Sequence[int]) -> Finding:
+    """Whether Python is new enough."""
+    what = ".".join(map(str, found))
+    if tuple(found[:2]) < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        return Finding(
+            name="python",
+            status="error",
+            what=what,
+            why=f"deploycnn needs Python {wanted} or newer",
+            mend=f"make the virtual environment with python{wanted} or newer",
+        )
+    return Finding(name="python", status="ok", what=what)
+
+
+def check_onnxruntime_wheels(cpu: str, gpu: str) -> Iterator[Finding]:
+    """Whether both wheels are installed: they unpack to the same folder and break each other."""
+    name = "onnxruntime wheels"
+    if cpu and gpu:
+        yield Finding(
+            name=name,
+            status="error",
+            what=f"onnxruntime {cpu} and onnxruntime-gpu {gpu} are both installed",
+            why="they install the same module over each other, so that what loads is a mixture",
+            mend="pip uninstall -y onnxruntime onnxruntime-gpu && "
+            'pip install "deploycnn[gpu]" (or "deploycnn[cpu]")',
+        )
+    elif not (cpu or gpu):
+        yield Finding(
+            name=name,
+            status="warning",
+            what="not installed",
+            why="neither onnxruntime nor onnxruntime-gpu is there, and export is checked with it",
+            mend='pip install "deploycnn[cpu]" (or "deploycnn[gpu]")',
+        )
+
+
+def check_gpu(nvidia: Nvidia | None, device_nodes: bool) -> Iterator[Finding]:
+    """Whether there is a GPU, and its driver answers."""
+    if nvidia is not None:
+        serves = f", serves CUDA up to {nvidia.cuda}" if nvidia.cuda else ""
+        what = f"{' + '.join(nvidia.gpus)}; driver {nvidia.driver}{serves}"
+        yield Finding(name="gpu", status="ok", what=what)
+    elif device_nodes:
+        yield Finding(
+            name="gpu",
+            status="error",
+            what="an NVIDIA device is there, but nvidia-smi does not answer",
+            why="the driver is not loaded, does not match the kernel, or the container was not given it",
+            mend="reboot after a driver update; start containers with --gpus all",
+        )
+    else:
+        yield Finding(name="gpu", status="ok", what="no NVIDIA GPU: GPU runtimes are not expected to work")
+
+
+def check_driver(nvidia: Nvidia | None, torch_cuda: str, onnxruntime_cuda: str) -> Iterator[Finding]:
+    """Whether the driver is new enough for the CUDA that the installed packages are built for.
+
+    A driver serves all minor versions of its major version, and all older major ones (NVIDIA, "CUDA
+    compatibility").
+    """
+    if nvidia is None or not nvidia.cuda:
+        return
+    for package, built in (("torch", torch_cuda), ("onnxruntime-gpu", onnxruntime_cuda)):
+        if built and _major(built) > _major(nvidia.cuda):
+            yield Finding(
+                name=f"driver for {package}",
+                status="error",
+                what=f"{package} is built for CUDA {built}, driver {nvidia.driver} serves up to {nvidia.cuda}",
+                why=f"CUDA {_major(built)} needs a newer driver",
+                mend=f"upgrade the NVIDIA driver, or install {package} built for CUDA {_major(nvidia.cuda)}",
+            )
+
+
+def check_runtime(spec: str, answer: Mapping[str, Any], nvidia: Nvidia | None, gpu_wheel: bool) -> Finding:
+    """Judge what a runtime's mode answered when it was tried.
+
+    What is not there is a warning; what is there and does not work is an error. A GPU mode is there if a
+    GPU is, and for ONNX Runtime also the GPU wheel.
+    """
+    version = f"{answer['version']} " if answer.get("version") else ""
+    if answer["ok"]:
+        return Finding(name=spec, status="ok", what=f"{version}works")
+    why = str(answer["why"]).removeprefix(f"{spec}: ")
+    absent = "is not installed" in why or "no bf16 instructions" in why
+    if "cuda" in spec:
+        absent = absent or nvidia is None or (spec.startswith("onnxruntime") and not gpu_wheel)
+    return Finding(
+        name=spec,
+        status="warning" if absent else "error",
+        what=f"{version}not usable",
+        why=why,
+        mend="" if "cuda" in spec and nvidia is None else str(answer["mend"]),
+    )
+
+
+def check_module(name: str, answer: Mapping[str, Any]) -> Finding:
+    """Judge what importing a module in a process of its own gave."""
+    purpose, install = MODULES[name]
+    if answer["ok"]:
+        return Finding(name=name, status="ok", what=f"{answer['version']} loads ({purpose})".strip())
+    if not answer["installed"]:
+        return Finding(name=name, status="warning", what=f"not installed ({purpose})", mend=install)
+    return Finding(
+        name=name,
+        status="error",
+        what="installed, but does not load",
+        why=str(answer["why"]),
+        mend=f"check the NVIDIA driver and CUDA libraries, or reinstall: {install}",
+    )
+
+
+def check_disk(folder: Path, free_bytes: int) -> Finding:
+    """Whether there is room for artifacts."""
+    what = f"{free_bytes / 2**30:.1f} GiB free in {folder}"
+    if free_bytes >= DISK_WARNING_BYTES:
+        return Finding(name="disk", status="ok", what=what)
+    status: Status = "error" if free_bytes < DISK_ERROR_BYTES else "warning"
+    return Finding(
+        name="disk",
+        status=status,
+        what=what,
+        why="a run keeps every intermediate model and its checkpoints",
+        mend="free some space, or choose another folder for the run",
+    )
+
+
+def check_cpus(installed: int, usable: int, quota: float | None) -> Iterator[Finding]:
+    """Whether this process may use the CPUs that it sees."""
+    if quota is not None and quota < usable:
+        yield Finding(
+            name="cpus",
+            status="warning",
+            what=f"{usable} CPUs are visible, but the container may use the time of {quota:g}",
+            why="runs with more threads are stopped in the middle by the scheduler, and latencies scatter",
+            mend="measure with fewer threads, or pin the container with --cpuset-cpus instead of --cpus",
+        )
+    else:
+        bound = "" if usable == installed else f" of {installed} (affinity)"
+        yield Finding(name="cpus", status="ok", what=f"{usable} usable{bound}")
+
+
+def check_load(load: float | None, cpus: int) -> Finding:
+    """Whether other programs would disturb timing."""
+    if load is None:
+        return Finding(name="load", status="ok", what="not known on this system")
+    what = f"{load:.1f} on {cpus} CPUs"
+    if load / cpus <= BUSY_LOAD:
+        return Finding(name="load", status="ok", what=what)
+    return Finding(
+        name="load",
+        status="warning",
+        what=what,
+        why="other programs are running; latencies measured now scatter more",
+        mend="stop them before measuring, or raise profile.budget_s",
+    )
+
+
+# --- what is found
+
+
+def probe_runtime(name: str, modes: Sequence[str], timeout_s: float = 180.0) -> dict[str, dict[str, Any]]:
+    """Try all modes of a runtime in one process; if it dies, each mode in one of its own."""
+    answer, died = _child(["runtime", name, *modes], timeout_s)
+    if answer is not None:
+        return {str(mode): dict(found) for mode, found in answer.items()}
+    if len(modes) > 1:
+        return {mode: probe_runtime(name, [mode], timeout_s)[mode] for mode in modes}
+    mend = f"reinstall {name}"
+    return {modes[0]: {"ok": False, "version": "", "why": f"trying it {died}", "mend": mend}}
+
+
+def probe_module(name: str, timeout_s: float = 60.0) -> dict[str, Any]:
+    """Import a module in a process of its own."""
+    try:
+        found = importlib.util.find_spec(name.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        return {"ok": False, "installed": False, "version": "", "why": ""}
+    answer, died = _child(["module", name], timeout_s)
+    failed = {"ok": False, "version": "", "why": f"importing it {died}"}
+    return {"installed": True, **(failed if answer is None else answer)}
+
+
+def _child(arguments: Sequence[str], timeout_s: float) -> tuple[dict[str, Any] | None, str]:
+    """The answer of ``main`` in a new process, or ``None`` and how the process ended."""
+    package_parent = str(Path(__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, inherited]))}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "deploycnn.doctor", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=environ,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"took longer than {timeout_s:.0f} s"
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return dict(json.loads(lines[-1])), ""
+    if done.returncode < 0:
+        return None, f"killed the process (signal {-done.returncode})"
+    said = done.stderr.strip().splitlines()
+    return None, f"ended the process with code {done.returncode}" + (f": {said[-1]}" if said else "")
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPUs' worth of time that a container may use (cgroup v2 ``cpu.max``); ``None``: no limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _installed(distribution: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _torch_cuda() -> str:
+    """CUDA that PyTorch is built for, read without importing it."""
+    return _assigned("torch", "version.py", "cuda")
+
+
+def _onnxruntime_cuda() -> str:
+    """CUDA that onnxruntime-gpu is built for, read without importing it."""
+    return _assigned("onnxruntime", "capi/build_and_package_info.py", "cuda_version")
+
+
+def _assigned(package: str, file: str, name: str) -> str:
+    found = importlib.util.find_spec(package)
+    for folder in (found.submodule_search_locations or []) if found else []:
+        path = Path(folder) / file
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            match = re.search(rf"^{name}\b[^=\n]*=\s*['\"](\d[\d.]*)", text, re.MULTILINE)
+            return match[1] if match else ""
+    return ""
+
+
+def _device_nodes() -> bool:
+    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia").exists()
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
+
+
+# --- the process that tries
+
+
+def _try_runtime(name: str, modes: Sequence[str]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from deploycnn.runtimes.base import create
+
+    return {mode: asdict(create(f"{name}:{mode}").availability()) for mode in modes}
+
+
+def _try_module(name: str) -> dict[str, Any]:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # whatever a foreign module raises is the finding
+        return {"ok": False, "version": "", "why": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    version = getattr(module, "__version__", getattr(sys.modules.get(name.partition(".")[0]), "VERSION", ""))
+    if isinstance(version, tuple):
+        version = ".".join(map(str, version))
+    return {"ok": True, "version": str(version), "why": ""}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Try a runtime (``runtime NAME MODE...``) or a module (``module NAME``); the last line is the answer."""
+    kind, name, *modes = arguments
+    answer = _try_runtime(name, modes) if kind == "runtime" else _try_module(name)
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
