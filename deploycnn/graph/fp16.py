@@ -19,6 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from deploycnn.core import Json
 from deploycnn.graph.cleanup import simplify
 from deploycnn.graph.model import (
+    check_onnx,
     infer_shapes,
     initializers,
     names_used,
@@ -65,13 +66,16 @@ def convert_fp16(
         keep_ops: Operator types, or names of nodes, to leave in FP32.
         peaks: Largest magnitude seen of each value, by name. Nodes that read or make one too large for FP16
             stay in FP32.
+
+    Raises:
+        PassRequirementError: the model does not make a valid FP16 graph.
     """
     source = simplify(model)
     name_nodes(source)
     kept = _nodes_to_keep(source, keep_ops, peaks or {})
     rewriter = _Rewriter(source, kept)
     converted = rewriter.rewrite()
-    onnx.checker.check_model(converted, full_check=True)
+    check_onnx(converted, "the FP16 graph")
     record = Fp16Record(converted=rewriter.converted, casts=rewriter.casts, kept=kept)
     return converted, record
 

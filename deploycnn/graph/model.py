@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from deploycnn.core import TensorSpec
-from deploycnn.errors import ArtifactError
+from deploycnn.errors import ArtifactError, PassRequirementError
 
 #: Protobuf cannot serialize more; a margin is left for the graph around the weights.
 MAX_SELF_CONTAINED_BYTES = 2**31 - 2**24
@@ -159,6 +159,21 @@ def infer_shapes(model: ModelProto) -> ModelProto:
     if model.ByteSize() >= MAX_SELF_CONTAINED_BYTES:
         return inferred
     return onnx.shape_inference.infer_shapes(inferred, data_prop=True)
+
+
+def check_onnx(model: ModelProto, what: str) -> None:
+    """Check a model made from someone else's against the ONNX specification, types and shapes included.
+
+    Raises:
+        PassRequirementError: it is not valid; names the reason.
+    """
+    if model.ByteSize() >= MAX_SELF_CONTAINED_BYTES:
+        return
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PassRequirementError(f"{what} is not valid ONNX: {reason}; check the model it was made from") from error
 
 
 def sort_nodes(model: ModelProto) -> None:

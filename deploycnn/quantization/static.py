@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 from onnx import ModelProto
 
 from deploycnn.errors import PassRequirementError, nearest
@@ -21,6 +20,7 @@ from deploycnn.graph.batchnorm import batchnorm_to_depthwise
 from deploycnn.graph.cleanup import remove_unused, simplify
 from deploycnn.graph.metadata import get_metadata, set_metadata
 from deploycnn.graph.model import (
+    check_onnx,
     consumers,
     infer_shapes,
     is_quantized,
@@ -86,7 +86,7 @@ def quantize_static(
     ranges, images = calibrate(prepared, placement, calibration, settings, progress)
     quantized = insert_qdq(prepared, placement, ranges, settings)
     set_metadata(quantized, get_metadata(original))
-    onnx.checker.check_model(quantized, full_check=True)
+    check_onnx(quantized, f"{model_path}: its quantized graph")
     save_onnx(quantized, output_path)
     detail = f" {settings.percentile:g}" if settings.calibrator == "percentile" else ""
     return QuantizationRecord(

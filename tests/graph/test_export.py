@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deploycnn.errors import ArtifactError, ParityError, PassRequirementError
+from deploycnn.graph.export import export_onnx
+from deploycnn.graph.metadata import CLASSES, PREPROCESSING, get_metadata
+from deploycnn.graph.model import load_onnx, opset_of, save_onnx, shape_of, tensor_specs
+from deploycnn.graph.parity import Evaluate, Parity, Tolerance, evaluator, measure_parity
+from tests.graph.nets import Residual, Shuffle, images, operators, randomized
+
+SHAPE = (3, 12, 12)
+
+
+def by_pytorch(model: nn.Module) -> Evaluate:
+    def run(x: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [model(torch.from_numpy(x)).numpy()]
+
+    return run
+
+
+def parity(model: nn.Module, graph: onnx.ModelProto, **changes: object) -> Parity:
+    arguments: dict[str, object] = {
+        "batch_sizes": (1, 5),
+        "tolerance": Tolerance(absolute=1e-4, relative=1e-4),
+        "source": "random images",
+        "against": "pytorch",
+    }
+    return measure_parity(by_pytorch(model), evaluator(graph), images(11, SHAPE), **(arguments | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("opset", [17, 18, 20])
+@pytest.mark.parametrize("make", [Residual, Shuffle])
+def test_exported_graphs_compute_the_same_at_any_batch_size(make: type[nn.Module], opset: int) -> None:
+    model = randomized(make())
+    graph = export_onnx(model, SHAPE, opset=opset)
+    assert opset_of(graph) == opset
+    result = parity(model, graph, batch_sizes=(1, 4, 11))
+    result.check("the graph")
+    assert result.max_abs_error < 1e-5
+    assert result.top1_agreement == 1.0
+    (images_in,), (logits,) = graph.graph.input, graph.graph.output
+    assert (images_in.name, logits.name) == ("images", "logits")
+    assert [dim.dim_param for dim in images_in.type.tensor_type.shape.dim][0] == "batch"
+    assert shape_of(logits) is not None
+    assert shape_of(logits)[0] is None
+
+
+def test_the_graph_is_folded_clean_and_readable() -> None:
+    graph = export_onnx(randomized(Residual()), SHAPE, opset=18)
+    assert operators(graph) == [
+        "Conv", "Relu", "Conv", "Add", "Relu", "MaxPool", "GlobalAveragePool", "Reshape", "Gemm",
+    ]  # fmt: skip
+    names = [node.name for node in graph.graph.node]
+    assert names[0] == "stem/Conv"
+    assert names[2] == "conv/Conv"
+    assert names[-1] == "head/Gemm"
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    assert {"stem.weight", "stem.bias", "conv.weight", "conv.bias", "head.weight", "head.bias"} <= weights
+    assert all(name in weights or "_output_" in name or name == "images" for node in graph.graph.node for name in node.input)
+
+
+def test_nothing_of_this_machine_gets_into_the_file_and_bytes_repeat(capfd: pytest.CaptureFixture[str]) -> None:
+    model = randomized(Residual())
+    first = export_onnx(model, SHAPE, opset=18, classes=["a", "b"]).SerializeToString(deterministic=True)
+    second = export_onnx(model, SHAPE, opset=18, classes=["a", "b"]).SerializeToString(deterministic=True)
+    assert first == second
+    for trace in (b"pkg.torch", b"site-packages", b".py", b"/tmp", b"/home"):
+        assert trace not in first
+    assert capfd.readouterr().out == ""
+
+
+def test_preprocessing_and_classes_travel_in_the_file() -> None:
+    graph = export_onnx(
+        randomized(Residual()), SHAPE, opset=18, preprocessing={"size": [12, 12]}, classes=["cat", "dog"]
+    )
+    metadata = get_metadata(graph)
+    assert json.loads(metadata[PREPROCESSING]) == {"size": [12, 12]}
+    assert json.loads(metadata[CLASSES]) == ["cat", "dog"]
+
+
+def test_training_mode_is_restored_and_not_exported() -> None:
+    model = randomized(Residual()).train()
+    graph = export_onnx(model, SHAPE, opset=18)
+    assert model.training
+    assert "Dropout" not in operators(graph)
+    parity(model.eval(), graph).check("the graph")
+
+
+class DataDependent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean([2, 3]) if x.sum() > 0 else x.amax([2, 3])
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean([2, 3]).reshape(2, 3)
+
+
+class TwoOutputs(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (DataDependent(), "cannot be exported to ONNX"),
+        (FixedBatch(), "batch"),
+        (TwoOutputs(), "TwoOutputs returns tuple"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_one_line(model: nn.Module, reason: str) -> None:
+    with pytest.raises(PassRequirementError, match=reason) as caught:
+        export_onnx(model, SHAPE, opset=18)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_perturbed_weight_is_found_and_the_figures_are_named() -> None:
+    model = randomized(Residual())
+    graph = export_onnx(model, SHAPE, opset=18)
+    tensor = next(t for t in graph.graph.initializer if t.name == "conv.weight")
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[3] += 0.05
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    result = parity(model, graph)
+    assert result.worst_ratio > 1
+    with pytest.raises(ParityError, match=rf"by {result.max_abs_error:.3g} .*batch sizes \[1, 5\]"):
+        result.check("the graph")
+
+
+def test_nan_and_wrong_shapes_fail_parity() -> None:
+    x = images(4, SHAPE)
+    right = [np.ones((1, 3), np.float32)]
+    arguments = {
+        "batch_sizes": (1,),
+        "tolerance": Tolerance(absolute=1.0, relative=1.0),
+        "source": "random images",
+        "against": "pytorch",
+    }
+    for wrong in (np.full((1, 3), np.nan, np.float32), np.ones((1, 4), np.float32)):
+        result = measure_parity(lambda _: right, lambda _, wrong=wrong: [wrong], x, **arguments)  # type: ignore[arg-type]
+        with pytest.raises(ParityError):
+            result.check("the graph")
+
+
+def test_errors_are_measured_against_the_images_largest_output() -> None:
+    expected = np.float32([[100.0, 0.0], [1.0, 0.0]])
+    found = np.float32([[100.0, 0.5], [1.0, 0.02]])
+    result = measure_parity(
+        lambda _: [expected],
+        lambda _: [found],
+        images(2, SHAPE),
+        batch_sizes=(2,),
+        tolerance=Tolerance(absolute=0.0, relative=0.02),
+        source="random images",
+        against="pytorch",
+    )
+    assert result.max_abs_error == pytest.approx(0.5)
+    assert result.max_rel_error == pytest.approx(0.02, rel=1e-5)
+    assert result.worst_ratio == pytest.approx(1.0, rel=1e-5)
+
+
+def test_parity_without_onnxruntime_uses_the_reference_evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomized(Residual())
+    graph = export_onnx(model, SHAPE, opset=18)
+    monkeypatch.setattr("deploycnn.graph.parity.installed", lambda _: False)
+    result = parity(model, graph)
+    assert result.evaluator == "onnx.reference"
+    assert result.max_abs_error < 1e-5
+
+
+def test_files_that_are_no_models_are_refused(tmp_path) -> None:
+    graph = export_onnx(randomized(Residual()), SHAPE, opset=18)
+    path = tmp_path / "model.onnx"
+    assert save_onnx(graph, path) == path.stat().st_size
+    assert tensor_specs(load_onnx(path).graph.input)[0].shape == (None, 3, 12, 12)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"this is no model"):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match="not an ONNX model"):
+            load_onnx(path)
+    with pytest.raises(ArtifactError, match="no such file"):
+        load_onnx(tmp_path / "missing.onnx")
+
+
+def test_external_data_outside_the_folder_is_refused(tmp_path) -> None:
+    graph = export_onnx(randomized(Residual()), SHAPE, opset=18)
+    (tmp_path / "secret").write_bytes(b"\0" * 10_000)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensor = graph.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(ArtifactError, match="external data cannot be read"):
+        load_onnx(folder / "model.onnx")
