@@ -12,24 +12,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deploycnn.api import Run, compress, export, inspect, profile
+    from deploycnn.api import Run, compress, export
     from deploycnn.errors import DeployCNNError
+    from deploycnn.models.inspection import inspect_model as inspect
+    from deploycnn.profile_models import profile
     from deploycnn.recipe import Recipe
 
 __all__ = ["DeployCNNError", "Recipe", "Run", "__version__", "compress", "export", "inspect", "profile"]
 
+#: Public name -> where it lives.
 _HOME = {
-    "DeployCNNError": "deploycnn.errors",
-    "Recipe": "deploycnn.recipe",
-    "Run": "deploycnn.api",
-    "compress": "deploycnn.api",
-    "export": "deploycnn.api",
-    "inspect": "deploycnn.api",
-    "profile": "deploycnn.api",
+    "DeployCNNError": "deploycnn.errors:DeployCNNError",
+    "Recipe": "deploycnn.recipe:Recipe",
+    "Run": "deploycnn.api:Run",
+    "compress": "deploycnn.api:compress",
+    "export": "deploycnn.api:export",
+    "inspect": "deploycnn.models.inspection:inspect_model",
+    "profile": "deploycnn.profile_models:profile",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes are of any type
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

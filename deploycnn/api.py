@@ -286,13 +286,14 @@ def entries(recipe: Recipe, planned: Plan, outcome: Outcome, store: Store) -> li
                 artifact=outcome.artifacts.get(keys[-1]),
                 why=outcome.failures.get(keys[-1], ""),
                 parity=parities[-1] if parities else None,
-                provenance=tuple(_provenance(manifest) for manifest in manifests),
+                provenance=tuple(provenance(manifest) for manifest in manifests),
             )
         )
     return result
 
 
-def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A step as the report tells it, from its manifest."""
     return {
         "pass": manifest["step"],
         "key": manifest["key"],

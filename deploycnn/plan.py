@@ -64,18 +64,22 @@ class Plan:
         return next(step for step in self.steps if step.key == key)
 
 
-def plan(recipe: Recipe, *, data_fingerprint: str | None, environment_fingerprint: str = "") -> Plan:
+def plan(
+    recipe: Recipe, *, data_fingerprint: str | None, environment_fingerprint: str = "", check: bool = True
+) -> Plan:
     """Check the chains and key every step.
 
     Args:
         recipe: What to do.
         data_fingerprint: Identity of images and preprocessing, ``None`` where the recipe has no data.
         environment_fingerprint: Identity of the machine; enters the keys of engines only.
+        check: Whether :func:`check_chains` is asked first.
 
     Raises:
         RecipeError: formats do not fit, a reference does not exist or is circular, or data are missing.
     """
-    check_chains(recipe)
+    if check:
+        check_chains(recipe)
     return _Planner(recipe, data_fingerprint, environment_fingerprint).run()
 
 

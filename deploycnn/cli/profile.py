@@ -16,7 +16,7 @@ from deploycnn.cli.options import output_options
 @click.option("--runtime", "runtimes", multiple=True, help="Runtime, e.g. onnxruntime or openvino:bf16; repeatable.")
 @click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Repeatable. [default: 1]")
 @click.option("--threads", multiple=True, help="A number or `all`; repeatable. [default: 1 and all]")
-@click.option("--budget-s", type=float, help="Seconds of timing for each batch size and thread count. [default: 60]")
+@click.option("--budget-s", type=float, help="Seconds of timing for each batch size and thread count. [default: 6]")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory. [default: runs/profile-<time>]")
 @output_options
 def command(
@@ -37,7 +37,7 @@ def command(
     A model is an .onnx file, a .pt or .safetensors checkpoint (with --recipe), or a run directory (all of its
     variants). Accuracy needs images: --data, or the data of --recipe.
     """
-    from deploycnn import profile as profiles
+    from deploycnn import profile_models as profiles
     from deploycnn.cli.compress import finish
     from deploycnn.cli.console import Console, echo, print_json, print_report
 
@@ -49,7 +49,7 @@ def command(
             runtimes=runtimes,
             batch_sizes=batch_sizes or (1,),
             threads=tuple(profiles.parse_threads(text) for text in threads) or (1, "all"),
-            budget_s=budget_s or 60.0,
+            budget_s=budget_s or 6.0,
             out=out,
             events=console,
         )
