@@ -28,7 +28,8 @@ class Entry:
     Attributes:
         name: Path inside the folder, "/" between its parts, in Unicode's composed form, for all systems
             alike.
-        stamp: Changes whenever the content does, as far as can be told without reading it.
+        stamp: Changes whenever the content does, as far as can be told without reading it; begins with the
+            size in bytes, and is empty where there is a problem.
         handle: How the tree finds it.
         problem: Why it cannot be read at all, if so.
     """

@@ -40,7 +40,9 @@ class ImageFolder(DataSource):
 
     root: Annotated[Path, "The folder, or a zip of it."]
     val_ratio: Annotated[
-        float, Interval(gt=0, lt=1), "Where there is no val folder: share of each class of train."
+        float,
+        Interval(gt=0, lt=1),
+        "Where there is no val folder: share of each class of train (what test leaves of it).",
     ] = 0.1
     test_ratio: Annotated[
         float, Interval(gt=0, lt=1), "Where there is no test folder: share of each class of train."

@@ -28,6 +28,8 @@ Verify = Literal["full", "header"]
 #: Bump when files may be judged otherwise. Pillow's version counts too.
 _VERSION = f"1 {PIL.__version__}"
 _CHUNK = 128
+#: A larger file is no image that a classifier looks at, and is not read into memory to find that out.
+_MAX_BYTES = 1 << 29
 
 
 class Finding(NamedTuple):
@@ -70,6 +72,8 @@ def scan(tree: Tree, entries: Sequence[Entry], verify: Verify) -> list[Finding]:
 def _look(tree: Tree, entry: Entry, verify: Verify) -> Finding:
     if entry.problem is not None:
         return Finding("", entry.problem)
+    if entry.stamp[0] > _MAX_BYTES:
+        return Finding("", f"too large for an image ({entry.stamp[0]} bytes)")
     try:
         data = tree.read(entry)
     except OSError as error:
