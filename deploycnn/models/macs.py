@@ -35,7 +35,7 @@ def forward_zeros(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     """Logits for one black image: shape (1, ...), in eval mode, without gradients."""
     reference = next(model.parameters(), torch.zeros(()))
     image = torch.zeros((1, *input_shape), dtype=reference.dtype, device=reference.device)
-    with evaluating(model), _without_fused_attention(), torch.no_grad():
+    with evaluating(model), without_fused_attention(), torch.no_grad():
         output: Tensor = model(image)
     return output
 
@@ -53,7 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_fused_attention() -> Iterator[None]:
+def without_fused_attention() -> Iterator[None]:
     """PyTorch's fused attention of eval mode is one opaque operator, which no counter knows."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

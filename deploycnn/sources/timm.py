@@ -101,7 +101,7 @@ class Timm(Source):
         if isinstance(self.weights, Path):
             record["weights"] = weights.load_weights(model, self.weights, new_head=self.new_head).to_json()
         elif pretrained:
-            # timm itself leaves out a classifier of another size, and sums the first layer up for gray images.
+            # timm itself leaves out a classifier of another size, and sums the first layer up for gray.
             anew = num_classes is not None and num_classes != config.get("num_classes")
             record["weights"] = {"origin": config.get("hf_hub_id") or config.get("url"), "new_head": anew}
             if anew:
