@@ -50,7 +50,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         .render(
             report={"recipe": "", "command": "", **checked},
             style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
-            created=checked["created"].replace("T", " ").replace("Z", " UTC"),
+            created=prose.created(checked),
             result=result,
             details=details,
             tiles=_tiles(checked),

@@ -13,7 +13,7 @@ from deploycnn.report.words import clean
 #: What CommonMark and GitHub's dialect may read as markup inside a line.
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~!&$@])")
 #: Markup that counts only where a line begins.
-_LEADING = re.compile(r"^(\d+)([.)])|^([-+=])")
+_LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=])(?=[-+=\s]|$)")
 #: A bare address would become a link to wherever its author wanted.
 _ADDRESS = re.compile(r"(?i)\b(https?|ftp|mailto):|\bwww\.")
 
@@ -70,7 +70,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         "## How it was measured",
         "\n\n".join(escape(paragraph) for paragraph in prose.method(checked)),
         *_again(checked),
-        f"{escape(checked['created'])}; exact numbers: report.json",
+        f"{escape(prose.created(checked))}; exact numbers: report.json",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

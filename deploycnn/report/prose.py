@@ -16,6 +16,12 @@ def test_images(report: Report) -> int | None:
     return report["data"]["counts"].get("test") if report["data"] else None
 
 
+def created(report: Report) -> str:
+    """When the report was made: "2026-11-24 12:46:03 UTC"."""
+    day, _, time = report["created"].partition("T")
+    return f"{day} {time.removesuffix('Z').removesuffix('+00:00')} UTC" if time else day
+
+
 def setting(report: Report) -> str:
     """The primary setting in words: "batch 1, 1 thread"."""
     primary = report["primary"]

@@ -289,7 +289,7 @@ def validate(report: Mapping[str, Any], where: str = "report.json") -> Report:
             "render it with the version that wrote it, or run the recipe again"
         )
     try:
-        # Through JSON, because that is what is promised: a tuple is fine, an object that only looks right is not.
+        # Through JSON, which is what is promised: a tuple is fine, an object that only looks right is not.
         _adapter().validate_json(json.dumps(report))
     except ValidationError as error:
         raise ArtifactError(f"{where}: {_where(error)}") from error

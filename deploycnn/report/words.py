@@ -143,12 +143,13 @@ def duration(seconds: float) -> str:
     >>> [duration(value) for value in (0.04, 7.25, 75, 3700)]
     ['0.0 s', '7.2 s', '1 min 15 s', '1 h 02 min']
     """
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    if minutes < 60:
+    if seconds < 3599.5:
+        minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
 
 
 def clean(text: object) -> str:
