@@ -150,7 +150,7 @@ def check_driver(nvidia: Nvidia | None, torch_cuda: str, onnxruntime_cuda: str) 
             yield Finding(
                 name=f"driver for {package}",
                 status="error",
-                what=f"{package} is built for CUDA {built}, driver {nvidia.driver} serves up to {nvidia.cuda}",
+                what=f"{package} is built for CUDA {built}, driver {nvidia.driver} serves {nvidia.cuda}",
                 why=f"CUDA {_major(built)} needs a newer driver",
                 mend=f"upgrade the NVIDIA driver, or install {package} built for CUDA {_major(nvidia.cuda)}",
             )
