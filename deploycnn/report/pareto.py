@@ -107,6 +107,7 @@ def pareto(report: Report, width: float, height: float) -> Pareto | None:
         if point.main
     ]
     front = non_dominated([(row["median_ms"] or 0.0, top1) for row, _, top1 in known])
+    budget_y = y.place(floor) if floor is not None and y.low < floor < y.high else None
     return Pareto(
         width=width,
         height=height,
@@ -115,8 +116,8 @@ def pareto(report: Report, width: float, height: float) -> Pareto | None:
         y=y,
         points=tuple(sorted(points, key=lambda point: point.main)),
         front=_staircase([(x.place(latency), y.place(top1)) for latency, top1 in front], frame),
-        labels=tuple(place_labels(named, _obstacles(points), frame)),
-        budget_y=y.place(floor) if floor is not None and y.low < floor < y.high else None,
+        labels=tuple(place_labels(named, [*_obstacles(points), *_caption(frame, budget_y)], frame)),
+        budget_y=budget_y,
         runtimes=tuple((shape, spec) for spec, shape in shapes.items()),
     )
 
@@ -186,6 +187,13 @@ def _obstacles(points: Sequence[Point]) -> list[Box]:
                 Box(left=point.across[0], right=point.across[1], top=point.y - 2, bottom=point.y + 2)
             )
     return boxes
+
+
+def _caption(frame: Box, budget_y: float | None) -> list[Box]:
+    """Where the template writes "over the accuracy budget"."""
+    if budget_y is None:
+        return []
+    return [Box(left=frame.right - 160, right=frame.right, top=budget_y, bottom=budget_y + 18)]
 
 
 def _staircase(corners: Sequence[tuple[float, float]], frame: Box) -> str:
