@@ -1,6 +1,6 @@
 """How a variant was made, in words: from the records that its passes left.
 
-Two keys of a record are drawn: ``training`` (its ``epochs``) and ``widths``; every other key is told as it
+Two things in a record are drawn: ``training.epochs`` and ``pruning.widths``; everything else is told as it
 is, so that a new pass needs nothing here.
 """
 
@@ -15,6 +15,8 @@ from deploycnn.report.schema import Report, Step, Variant
 
 #: A record's value longer than this is cut: the manifest has all of it.
 _LONGEST = 400
+#: A mapping that is longer as text than this gets a line for each of its keys.
+_ONE_LINE = 110
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,27 +31,27 @@ class Width:
 
 
 def widths(record: Mapping[str, Any]) -> list[Width]:
-    """The pruned widths of a record, in its order; empty where there are none."""
-    found = record.get("widths")
+    """Output channels of the layers that pruning made narrower; empty where nothing was pruned."""
+    pruning = record.get("pruning")
+    found = pruning.get("widths") if isinstance(pruning, Mapping) else None
     if not isinstance(found, Mapping):
         return []
-    pairs = [(str(layer), *_pair(value)) for layer, value in found.items()]
-    widest = max((before for _, before, _ in pairs), default=0) or 1
+    # A layer that only reads fewer channels keeps its own.
+    pairs = [
+        (str(layer), int(change["before"][-1]), int(change["after"][-1])) for layer, change in found.items()
+    ]
+    pairs = [(layer, before, after) for layer, before, after in pairs if after != before]
+    widest = max((before for _, before, _ in pairs), default=1)
     return [
         Width(
             layer=layer,
             before=before,
             after=after,
             before_share=round(100 * before / widest, 1),
-            kept_share=round(100 * after / before, 1) if before else 0.0,
+            kept_share=round(100 * after / before, 1),
         )
         for layer, before, after in pairs
     ]
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    before, after = (value["before"], value["after"]) if isinstance(value, Mapping) else value
-    return int(before), int(after)
 
 
 def history(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -61,12 +63,13 @@ def history(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def step_facts(step: Step) -> list[tuple[str, str]]:
     """What a step's record says beside what is drawn, parity and calibration first."""
-    record = {key: value for key, value in step["record"].items() if key != "widths"}
-    if history(record):
-        record["training"] = {key: value for key, value in record["training"].items() if key != "epochs"}
-    first = [key for key in ("training", "parity", "calibration") if key in record]
+    record = dict(step["record"])
+    for key, drawn in (("training", "epochs"), ("pruning", "widths")):
+        if isinstance(record.get(key), Mapping):
+            record[key] = {name: value for name, value in record[key].items() if name != drawn}
+    first = [key for key in ("training", "pruning", "parity", "calibration") if key in record]
     rest = [key for key in record if key not in first]
-    return [(label(key), _shorten(words.flat(record[key]))) for key in (*first, *rest)]
+    return nested_facts({key: record[key] for key in (*first, *rest)})
 
 
 def variant_facts(report: Report, variant: Variant) -> list[tuple[str, str]]:
@@ -120,11 +123,11 @@ def first_use(report: Report) -> dict[str, str]:
 
 
 def nested_facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as flat (key, value) pairs."""
+    """A nested mapping as flat (key, value) pairs; a short inner one stays on one line."""
     found: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{label(key)}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and len(words.flat(value)) > _ONE_LINE:
             found += nested_facts(value, f"{name}: ")
         else:
             found.append((name, _shorten(words.flat(value))))

@@ -126,8 +126,8 @@ class Flipped(TypedDict):
 
 
 #: One step of a variant's chain. ``record`` is what the pass wrote about itself. The report draws
-#: ``training.epochs`` (list of {"epoch": ..., other numbers}) and ``widths`` ({layer: [before, after]}), and
-#: lists everything else as it is.
+#: ``training.epochs`` (list of {"epoch": ..., other numbers}) and ``pruning.widths`` ({layer: {"before":
+#: [in, out], "after": [in, out]}}), and lists everything else as it is.
 Step = TypedDict(
     "Step",
     {

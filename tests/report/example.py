@@ -125,12 +125,17 @@ def _record(step: str, rng: random.Random) -> dict[str, Any]:
             },
         }
     if step == "prune":
-        widths = {f"layer{1 + block // 3}.{block % 3}.conv1": [16 * 2 ** (block // 3)] for block in range(9)}
+        widths = {f"layer{1 + block // 3}.{block % 3}.conv1": 16 * 2 ** (block // 3) for block in range(9)}
         return {
-            "widths": {
-                layer: [before[0], max(8, before[0] * 5 // 8 // 8 * 8)] for layer, before in widths.items()
-            },
-            "importance": "taylor",
+            "pruning": {
+                "importance": "taylor",
+                "macs_ratio": 0.39,
+                "widths": {
+                    layer: {"before": [width, width], "after": [width, max(8, width * 5 // 8 // 8 * 8)]}
+                    for layer, width in widths.items()
+                }
+                | {"fc": {"before": [64, 10], "after": [40, 10]}},
+            }
         }
     if step == "export":
         return {

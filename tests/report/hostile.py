@@ -27,8 +27,8 @@ def hostile_report() -> Report:
             step["options"][HOSTILE] = HOSTILE
             step["record"][HOSTILE] = {HOSTILE: [HOSTILE]}
             step["pass"] += HOSTILE
-            if "widths" in step["record"]:
-                step["record"]["widths"][HOSTILE] = [4, 2]
+            if "pruning" in step["record"]:
+                step["record"]["pruning"]["widths"][HOSTILE] = {"before": [4, 4], "after": [4, 2]}
             for epoch in step["record"].get("training", {}).get("epochs", []):
                 epoch[HOSTILE] = 1.0
         if variant["flipped"]:
