@@ -44,9 +44,10 @@ class TrainingSettings:
         float, Ge(0), Lt(1), "Share of each label that is spread over all classes."
     ] = 0.0
     max_grad_norm: Annotated[float | None, Gt(0), "Clip the gradient to this norm; null: never."] = None
-    augment: Annotated[Augmentation, "Random changes of the training images."] = field(
-        default_factory=Augmentation
-    )
+    # Small shifts change no class, so they are safe where nothing is known of the data; flips are not.
+    augment: Annotated[
+        Augmentation, "Random changes of the training images; what is given replaces the default as a whole."
+    ] = field(default_factory=lambda: Augmentation(crop_padding=2))
     reestimate_bn: Annotated[bool, "First compute the batch-norm statistics anew, on training images."] = (
         False
     )
