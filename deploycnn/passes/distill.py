@@ -14,7 +14,7 @@ from deploycnn.training.settings import Optimizer, TrainingSettings
 
 Method = Literal["kd", "dkd", "dist"]
 
-#: Weights and temperature of each method where the recipe gives none: those of the papers, except beta of dkd.
+#: Weights and temperature where the recipe gives none: those of the papers, except beta of dkd.
 #: There it is 0.5 to 8 by dataset; 8 kept a student from learning at all in 6 short epochs, 2 did not.
 _TEMPERATURE: Mapping[Method, float] = {"kd": 4.0, "dkd": 4.0, "dist": 1.0}
 _ALPHA: Mapping[Method, float] = {"kd": 0.9, "dkd": 1.0, "dist": 1.0}
