@@ -1,7 +1,7 @@
 """Find passes, sources, datasets and runtimes by name without importing any of them.
 
-A component named ``int8`` of kind ``pass`` is the one class in ``deploycnn/passes/int8.py`` that derives from the
-kind's base and is defined there. Other distributions add theirs through entry points of the group
+A component named ``int8`` of kind ``pass`` is the one class in ``deploycnn/passes/int8.py`` that derives from
+the kind's base and is defined there. Other distributions add theirs through entry points of the group
 ``deploycnn.<kind>`` (``deploycnn.pass``, ...), whose value is ``module:Class``.
 """
 
@@ -27,7 +27,21 @@ KINDS = {
 #: Files in those packages that are not components. A leading underscore also hides a file.
 HELPERS = frozenset(
     {"base", "preprocessing", "loader", "index", "augment", "common"}
-    | {"cache", "calibration", "decoding", "folders", "layout", "opening", "pixels", "scan", "splits", "summary", "views"}
+    | {
+        "cache",
+        "calibration",
+        "decoding",
+        "folders",
+        "geometry",
+        "layout",
+        "opening",
+        "pixels",
+        "scan",
+        "splits",
+        "statistics",
+        "summary",
+        "views",
+    }
 )
 
 

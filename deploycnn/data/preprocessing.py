@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,13 +31,6 @@ Scale = Literal["unit", "signed", "standardize"]
 Channels = Literal["rgb", "bgr", "gray"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "area"]
 
-#: Pillow's names of the resampling filters.
-_FILTERS: Mapping[Interpolation, str] = {
-    "bilinear": "BILINEAR",
-    "bicubic": "BICUBIC",
-    "nearest": "NEAREST",
-    "area": "BOX",
-}
 _MAX_SIDE = 16384
 
 
@@ -221,6 +213,8 @@ class Preprocessing:
         import numpy as np
         from PIL import Image
 
+        from deploycnn.data.geometry import fit
+
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 RGB of shape (H, W, 3), got {image.dtype} {image.shape}")
         if self.keeps(image.shape):
@@ -228,27 +222,8 @@ class Preprocessing:
         picture = Image.fromarray(image)
         if self.channels == "gray":
             picture = picture.convert("L")
-        pixels = np.asarray(self._fit(picture), dtype=np.uint8)
+        pixels = np.asarray(fit(picture, self), dtype=np.uint8)
         return pixels[:, :, None] if self.channels == "gray" else pixels
-
-    def _fit(self, picture: Any) -> Any:
-        from PIL import Image
-
-        filter_ = getattr(Image.Resampling, _FILTERS[self.interpolation])
-        height, width = self.size
-        if self.resize == "squash":
-            return picture.resize((width, height), filter_)
-        if self.resize == "letterbox":
-            new_h, new_w = letterbox_size((picture.height, picture.width), self.size)
-            pad = self.pad_value if self.channels == "gray" else (self.pad_value,) * 3
-            canvas = Image.new(picture.mode, (width, height), pad)
-            canvas.paste(
-                picture.resize((new_w, new_h), filter_), ((width - new_w) // 2, (height - new_h) // 2)
-            )
-            return canvas
-        new_h, new_w = covering_size((picture.height, picture.width), self.size, self.crop_ratio)
-        top, left = round((new_h - height) / 2), round((new_w - width) / 2)
-        return picture.resize((new_w, new_h), filter_).crop((left, top, left + width, top + height))
 
     def normalize(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Scale resized images.
@@ -292,32 +267,15 @@ class Preprocessing:
         """
         if self.resolved:
             return self
-        import numpy as np
+        from deploycnn.data.statistics import channel_statistics
 
-        from deploycnn.data.loader import pixel_chunks
-
-        log = logging.getLogger(__name__)
-        log.info("computing channel statistics of %d training images", len(train))
-        total = np.zeros(self.channel_count, np.uint64)
-        squares = np.zeros(self.channel_count, np.uint64)
-        values = np.arange(256, dtype=np.uint64)
-        for chunk in pixel_chunks(train, self):
-            for channel in range(self.channel_count):
-                counts = np.bincount(chunk[..., channel].ravel(), minlength=256).astype(np.uint64)
-                total[channel] += counts @ values
-                squares[channel] += counts @ (values * values)
-        pixels = len(train) * self.height * self.width
-        mean = [int(s) / pixels / 255 for s in total]
-        variance = [(pixels * int(q) - int(s) ** 2) / pixels**2 for s, q in zip(total, squares, strict=True)]
-        if min(variance) <= 0:
+        mean, std = channel_statistics(train, self)
+        if min(std) <= 0:
             raise PreprocessingError(
                 "preprocessing.scale: standardize is impossible, as all training pixels of a channel are "
                 "equal; use scale: unit"
             )
-        std = [math.sqrt(v) / 255 for v in variance]
-        if self.channels == "bgr":
-            mean, std = mean[::-1], std[::-1]
-        return dataclasses.replace(self, mean=tuple(mean), std=tuple(std))
+        return dataclasses.replace(self, mean=mean, std=std)
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -326,26 +284,6 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "channels": get_args(Channels),
     "interpolation": get_args(Interpolation),
 }
-
-
-def letterbox_size(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The largest (height, width) of the same aspect as ``source`` that fits in ``target``."""
-    factor = min(target[0] / source[0], target[1] / source[1])
-    return (
-        min(target[0], max(1, round(source[0] * factor))),
-        min(target[1], max(1, round(source[1] * factor))),
-    )
-
-
-def covering_size(source: tuple[int, int], target: tuple[int, int], crop_ratio: float) -> tuple[int, int]:
-    """The smallest (height, width) of the same aspect as ``source`` that covers ``target / crop_ratio``.
-
-    The longer side is rounded down, as torchvision's ``Resize`` does.
-    """
-    height, width = (math.floor(side / crop_ratio) for side in target)
-    if source[0] * width <= source[1] * height:  # relatively wider than the target
-        return height, max(width, height * source[1] // source[0])
-    return max(height, width * source[0] // source[1]), width
 
 
 @functools.lru_cache(maxsize=16)

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from deploycnn import schema
-from deploycnn.data.preprocessing import Preprocessing, letterbox_size
+from deploycnn.data.geometry import letterbox_size
+from deploycnn.data.preprocessing import Preprocessing
 from deploycnn.errors import PreprocessingError, RecipeError
 from tests.data.samples import MixedSplit, array_split, picture
 
