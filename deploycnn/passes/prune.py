@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Lt
 
@@ -13,9 +13,13 @@ from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pa
 from deploycnn.errors import PassRequirementError, RecipeError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
-    from deploycnn.pruning.importance import Criterion
+    from deploycnn.data.base import Data
+    from deploycnn.pruning.groups import ChannelGroup
+    from deploycnn.pruning.importance import Criterion, Scores
 
 #: Images per gradient of the Taylor importance: few, so that the changes of single images do not average out.
 _TAYLOR_BATCH = 16
@@ -79,6 +83,7 @@ class Prune(Pass):
         from deploycnn.models.artifact import load_model, save_model
         from deploycnn.models.macs import count_macs, count_params
         from deploycnn.pruning.pruner import Goal, prune
+        from deploycnn.training.determinism import deterministic
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "prune")
@@ -94,9 +99,10 @@ class Prune(Pass):
             protect=self.protect,
             ratios=self.ratios,
         )
-        record = prune(model, images, self._criterion(ctx), goal, seed=ctx.seed)
-        save_model(model, ctx.output)
-        _check_stored(model, images, ctx)
+        with deterministic(threads=ctx.threads, device=ctx.device):
+            record = prune(model, images, self._criterion(ctx), goal, seed=ctx.seed)
+            save_model(model, ctx.output)
+            _check_stored(model, images, ctx)
         ctx.log.info(
             "pruned to %.1f%% of the MACs, %d groups of layers left alone",
             100 * record["macs_ratio"],
@@ -150,6 +156,7 @@ class Prune(Pass):
         return self._taylor(ctx)
 
     def _taylor(self, ctx: Context) -> Criterion:
+        from deploycnn.data.calibration import calibration_indices
         from deploycnn.pruning import importance
 
         if ctx.data is None:
@@ -157,34 +164,36 @@ class Prune(Pass):
                 "prune.importance: taylor needs images, but the recipe has no `data`; "
                 "add it or choose another importance"
             )
+        data = ctx.data
+        indices = calibration_indices(data.dataset.train.labels, self.importance_images, ctx.seed)
 
-        def criterion(model: torch.nn.Module, groups: Any) -> Any:
+        def criterion(model: torch.nn.Module, groups: Sequence[ChannelGroup]) -> list[Scores]:
             model.to(ctx.device)
             try:
                 return importance.taylor(
                     model,
                     groups,
-                    batches=self._training_images(ctx),
-                    progress=lambda seen: ctx.progress(seen, self.importance_images, "importance"),
+                    batches=_training_images(data, indices, ctx),
+                    progress=lambda seen: ctx.progress(seen, len(indices), "importance"),
                 )
             finally:
                 model.cpu()
 
         return criterion
 
-    def _training_images(self, ctx: Context) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        import torch
 
-        from deploycnn.data.calibration import calibration_indices
-        from deploycnn.data.loader import batches
+def _training_images(
+    data: Data, indices: npt.NDArray[np.int64], ctx: Context
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images (N, C, H, W) and labels (N,) of the training split, on the device."""
+    import torch
 
-        data = ctx.data
-        if data is None:
-            return
-        train = data.dataset.train
-        indices = calibration_indices(train.labels, self.importance_images, ctx.seed)
-        for batch in batches(train, data.preprocessing, _TAYLOR_BATCH, indices=indices):
-            yield torch.from_numpy(batch.images).to(ctx.device), torch.from_numpy(batch.labels).to(ctx.device)
+    from deploycnn.data.loader import batches
+
+    for batch in batches(
+        data.dataset.train, data.preprocessing, _TAYLOR_BATCH, indices=indices, threads=ctx.threads
+    ):
+        yield torch.from_numpy(batch.images).to(ctx.device), torch.from_numpy(batch.labels).to(ctx.device)
 
 
 def _check_stored(model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.pruning.groups import ChannelGroup, Member
-from deploycnn.pruning.layers import BATCH_NORMS, by_channel
+from deploycnn.pruning.layers import BATCH_NORMS, MIXING, by_channel
 
 #: One score per channel of a group, shape (group.width,), higher is more important; ``None`` where the
 #: criterion has nothing to go by.
@@ -30,12 +30,16 @@ Scores = npt.NDArray[np.float64] | None
 Criterion = Callable[[nn.Module, Sequence[ChannelGroup]], list[Scores]]
 
 
+#: Layers of which a channel with small weights is small. A PReLU's slope, for one, says nothing of that.
+_SCALING = (*MIXING, BATCH_NORMS)
+
+
 def magnitude(model: nn.Module, groups: Sequence[ChannelGroup], *, power: int) -> list[Scores]:
     """Sum of ``|w| ** power`` over a channel's weights; power 2 is DepGraph's group norm (Fang et al. 2023).
 
     Biases do not count, the scale of an affine normalization does.
     """
-    return _mean_over_members(model, groups, lambda weight: weight**power, kinds=(nn.Module,))
+    return _mean_over_members(model, groups, lambda weight: weight**power, kinds=_SCALING)
 
 
 def bn_scale(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Scores]:
@@ -97,7 +101,7 @@ def taylor(
 def _first_order(layer: nn.Module, member: Member) -> npt.NDArray[np.float64] | None:
     """sum(w * dL/dw) over the parameters of each of a member's channels, shape (M,)."""
     weight = layer._parameters.get("weight")  # noqa: SLF001 - None where the layer has none
-    if weight is None or weight.grad is None:
+    if weight is None or weight.grad is None or not isinstance(layer, _SCALING):
         return None
     products = (weight.detach().double() * weight.grad.double()).cpu()
     change = by_channel(layer, member.side, products).sum(dim=1)

@@ -130,6 +130,8 @@ def remove_channels(layer: nn.Module, side: Side, channels: Sequence[int]) -> No
         _remove_from_padding(layer, removed)
     elif is_depthwise(layer):
         tp.prune_depthwise_conv_out_channels(layer, removed)
+    elif isinstance(layer, CONVOLUTIONS) and layer.transposed and layer.groups > 1:
+        _remove_from_transposed_groups(layer, side, removed)
     elif isinstance(layer, CONVOLUTIONS):
         (tp.prune_conv_out_channels if side == "out" else tp.prune_conv_in_channels)(layer, removed)
     elif isinstance(layer, nn.Linear):
@@ -140,6 +142,23 @@ def remove_channels(layer: nn.Module, side: Side, channels: Sequence[int]) -> No
         tp.prune_prelu_out_channels(layer, removed)
     else:
         raise TypeError(f"no channels known of {type(layer).__name__}")
+
+
+def _remove_from_transposed_groups(layer: nn.Module, side: Side, removed: Sequence[int]) -> None:
+    """As Torch-Pruning 1.6.1 takes the sides of grouped transposed convolutions for one another.
+
+    Each group loses the same of its channels; the weight is (in, out / groups, ...).
+    """
+    count = width(layer, side)
+    kept = torch.as_tensor([channel for channel in range(count) if channel not in removed])
+    weight, bias = layer.weight.detach(), layer.bias  # type: ignore[operator] # a convolution
+    if side == "in":
+        layer.weight, layer.in_channels = nn.Parameter(weight[kept]), len(kept)  # type: ignore[assignment]
+        return
+    layer.weight = nn.Parameter(weight[:, kept[kept < count // groups_of(layer)]])
+    layer.out_channels = len(kept)  # type: ignore[assignment] # as above
+    if isinstance(bias, Tensor):
+        layer.bias = nn.Parameter(bias.detach()[kept])
 
 
 def _remove_from_padding(layer: PadShortcut, removed: Sequence[int]) -> None:

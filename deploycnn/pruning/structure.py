@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected
+from deploycnn.pruning.layers import is_producer, width
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
 from deploycnn.pruning.tracing import forward, propose, unreached
 
 #: Images for trials are not made smaller than this: networks reduce them up to 32 times.
 _LEAST_SIDE = 48
+
+
+_UNREACHED = "not run, or nothing differentiable leads from these channels to the outputs"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +55,22 @@ def analyse(model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), se
             raise PassRequirementError(
                 f'prune.protect: the model has no module "{name}"; {nearest(name, suggestions(named, name))}'
             )
-    device_images = images.detach().to("cpu", torch.float64)
-    twin = randomized(model, device_images, seed).cpu()
-    groups, graph = propose(twin, device_images, training_heads=False)
-    heads = bool(unreached(twin, graph))
-    if heads:
-        with_heads, graph = propose(twin, device_images, training_heads=True)
-        groups, heads = (with_heads, True) if not unreached(twin, graph) else (groups, False)
+    trial = images.detach().double()
+    twin = randomized(model, trial, seed)
+    groups, graph = propose(twin, trial, training_heads=False)
+    heads = False
+    if unreached(twin, graph):
+        with_heads, graph_with_heads = propose(twin, trial, training_heads=True)
+        heads = len(unreached(twin, graph_with_heads)) < len(unreached(twin, graph))
+        if heads:
+            groups, graph = with_heads, graph_with_heads
     kept, protected = _set_aside(groups, protect)
-    sound, broken = _tried_out(twin, device_images, kept, training_heads=heads, seed=seed)
+    protected += [
+        Protected(layers=(name,), channels=width(named[name], "out"), reason=_UNREACHED)
+        for name in unreached(twin, graph)
+        if is_producer(named[name])
+    ]
+    sound, broken = _tried_out(twin, trial, kept, training_heads=heads, seed=seed)
     return Structure(groups=tuple(sound), protected=(*protected, *broken), training_heads=heads)
 
 

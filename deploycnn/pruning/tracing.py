@@ -85,6 +85,8 @@ def _keeps_channels(grad_fn: Any) -> bool:
     if before is None or not metadata:
         return True
     after = tuple(metadata[0].shape)
+    if len(before) == 1:  # a vector of parameters, made to fit a feature map
+        return True
     if len(before) < 2 or len(after) < 2:
         return False
     matrix = 2 in (len(before), len(after))
@@ -160,7 +162,7 @@ def _tensors(outputs: object) -> Iterator[Tensor]:
 
 
 def unreached(model: nn.Module, graph: tp.DependencyGraph) -> tuple[str, ...]:
-    """Layers with weights that were not run when the graph was traced."""
+    """Layers with weights that the traced graph does not hold."""
     return tuple(
         name
         for name, layer in model.named_modules()
