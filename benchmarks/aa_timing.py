@@ -202,7 +202,8 @@ def main() -> None:
             results.append(result)
             print(
                 f"{seed:3} {arm:5} t{result['threads']} {result['median_ms']:.3f} ms  "
-                f"ratio {result['ratio']:.4f} [{result['low']:.4f}, {result['high']:.4f}]  {result['verdict']}  {result['wall_s']:.1f} s",
+                f"ratio {result['ratio']:.4f} [{result['low']:.4f}, {result['high']:.4f}]  "
+                f"{result['verdict']}  {result['wall_s']:.1f} s",
                 flush=True,
             )
     report = {"environment": here.to_json(), "runtime": options.runtime, "budget_s": options.budget}

@@ -17,7 +17,9 @@ slow again.
 The interval. A symmetric bootstrap-t over rounds: the trimmed mean is studentized with Yuen's winsorized
 standard error, and the critical value is the quantile of ``|t*|`` over resampled rounds, at least Student's
 (Yuen 1974; Hall 1992, section 3.5; Wilcox 2017, section 4.4). Studentizing is what corrects for the small
-number of rounds: percentile intervals of so few clusters are too short. Below ten rounds nothing is trimmed.
+number of rounds: percentile intervals of so few clusters are too short. Where many rounds are disturbed
+``|t*|`` has no useful quantile; then the order statistics of the rounds bound the interval (sign test, at a
+quarter of the error). Below ten rounds nothing is trimmed, and the interval is Student's.
 
 The verdict. ``faster`` or ``slower`` only if the interval lies beyond 1 by more than ``RESOLUTION``: two
 copies of one file can differ by that much for as long as a process lives, however many runs are taken. The
@@ -33,6 +35,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import bdtr, stdtrit
 
 from deploycnn.profiling.rows import TimingRow
 
@@ -124,11 +127,9 @@ def compare(
     if _measured(row).label == _measured(baseline).label:
         return Ratio(ratio=1.0, low=1.0, high=1.0, verdict="baseline", confidence=confidence)
     rounds = np.median(log_medians(baseline) - log_medians(row), axis=1)
-    center, half = trimmed_interval(rounds, confidence=confidence, resamples=resamples, seed=seed)
-    low, high = math.exp(center - half), math.exp(center + half)
-    return Ratio(
-        ratio=math.exp(center), low=low, high=high, verdict=verdict(low, high), confidence=confidence
-    )
+    limits = trimmed_interval(rounds, confidence=confidence, resamples=resamples, seed=seed)
+    ratio, low, high = (math.exp(limit) for limit in limits)
+    return Ratio(ratio=ratio, low=low, high=high, verdict=verdict(low, high), confidence=confidence)
 
 
 def verdict(low: float, high: float) -> Verdict:
@@ -147,8 +148,8 @@ def log_medians(row: TimingRow) -> npt.NDArray[np.float64]:
 
 def trimmed_interval(
     values: npt.NDArray[np.float64], *, confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
-    """Trimmed mean of independent ``values`` (R,) and the half-width of its symmetric bootstrap-t interval.
+) -> tuple[float, float, float]:
+    """Trimmed mean of independent ``values`` (R,), and the limits of its interval.
 
     Raises:
         ValueError: fewer than three values: no interval can be given.
@@ -156,24 +157,34 @@ def trimmed_interval(
     count = len(values)
     if count < 3:
         raise ValueError(f"{count} rounds are too few for an interval; at least 3 are needed")
-    center, error = _trimmed(values)
+    center, error = (float(value) for value in _trimmed(values))
+    cut = _cut(count)
+    critical = float(stdtrit(count - 2 * cut - 1, 0.5 + confidence / 2))
+    if cut == 0:
+        return center, center - critical * error, center + critical * error
     drawn = values[np.random.default_rng(seed).integers(0, count, (resamples, count))]
     centers, errors = _trimmed(drawn)
-    distance = np.abs(centers - center)
-    # a resample of equal values has no spread: infinitely far off, unless it hits the center itself
-    t = np.divide(distance, errors, out=np.full(resamples, np.inf), where=errors > 0)
-    t[distance == 0] = 0.0
-    critical = float(np.quantile(t, confidence, method="higher"))
-    # with hardly any rounds, resamples without spread can be so common that they set the quantile
-    if math.isinf(critical):
-        critical = float(np.max(t[np.isfinite(t)], initial=0.0))
-    return float(center), max(critical, _student(confidence, count)) * float(error)
+    # resamples of (nearly) equal values would divide by nothing; the order statistics below bound them
+    t = np.abs(centers - center) / np.maximum(errors, np.finfo(float).tiny)
+    half = error * max(critical, float(np.quantile(t, confidence)))
+    ordered = np.sort(values)
+    skipped = _sign_test_rank(count, 1 - (1 - confidence) / 4) - 1
+    return (
+        center,
+        max(center - half, float(ordered[skipped])),
+        min(center + half, float(ordered[-1 - skipped])),
+    )
+
+
+def _cut(count: int) -> int:
+    """How many of ``count`` rounds are trimmed at each end."""
+    return int(TRIM * count) if count >= TRIM_FROM else 0
 
 
 def _trimmed(values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Trimmed mean and its standard error (Yuen 1974) along the last axis."""
     count = values.shape[-1]
-    cut = int(TRIM * count) if count >= TRIM_FROM else 0
+    cut = _cut(count)
     kept = count - 2 * cut
     ordered = np.sort(values, axis=-1)
     winsorized = np.clip(ordered, ordered[..., cut, None], ordered[..., count - cut - 1, None])
@@ -182,18 +193,8 @@ def _trimmed(values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], 
     return ordered[..., cut : count - cut].mean(axis=-1), error
 
 
-def _student(confidence: float, count: int) -> float:
-    """Student's quantile for a (trimmed) mean of ``count`` values; the bootstrap may not answer less."""
-    from scipy.special import stdtrit
-
-    cut = int(TRIM * count) if count >= TRIM_FROM else 0
-    return float(stdtrit(count - 2 * cut - 1, 0.5 + confidence / 2))
-
-
 def _sign_test_rank(count: int, confidence: float) -> int:
     """The largest k whose interval between the k-th order statistics from both ends holds the median."""
-    from scipy.special import bdtr
-
     rank = 1
     while rank < count / 2 and 1 - 2 * bdtr(rank, count, 0.5) >= confidence:
         rank += 1

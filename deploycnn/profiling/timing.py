@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 #: Multiple of the budget after which no further round is begun, when others slow the machine down. Stopping
 #: then favours no candidate: it depends on the clock, not on who is ahead.
-OVERTIME = 1.5
+OVERTIME = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
