@@ -47,7 +47,11 @@ def essence(out: Path) -> dict[str, Any]:
             name: item["sha256"] for name, item in manifest["files"].items() if name != "log.txt"
         }
     variants = [{key: variant[key] for key in SAME} for variant in report["variants"]]
-    return {"models": models, "variants": variants, "left over": [str(p) for p in out.glob("artifacts/.partial/*")]}
+    return {
+        "models": models,
+        "variants": variants,
+        "left over": [str(p) for p in out.glob("artifacts/.partial/*")],
+    }
 
 
 def main() -> int:
@@ -69,7 +73,10 @@ def main() -> int:
             out = Path(folder) / f"killed-{number}"
             moment = moments.uniform(0, duration)
             process = subprocess.Popen(
-                command(out, arguments.full), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                command(out, arguments.full),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
             try:
                 process.wait(timeout=moment)

@@ -175,7 +175,9 @@ def export(
                 raise DeployCNNError(f"variant {name}: {outcome.failures[key]}")
             artifact = outcome.artifacts[key]
             if artifact.format != "onnx":
-                raise RecipeError(f"variants.{name}: ends in {artifact.format} format; add `export` to deploy it")
+                raise RecipeError(
+                    f"variants.{name}: ends in {artifact.format} format; add `export` to deploy it"
+                )
             bundles[name] = store.root / "deploy" / name
             bundle.write_bundle(bundles[name], artifact, variant=name, runtime=None, evidence={})
     return bundles
@@ -242,7 +244,7 @@ def _make(recipe: Recipe, store: Store, events: Events) -> tuple[Plan, Outcome, 
     return planned, outcome, opened
 
 
-def _rows(planned: Plan, state: Any) -> list[PlannedStep]:  # noqa: ANN401 - a function from key to word
+def _rows(planned: Plan, state: Any) -> list[PlannedStep]:
     return [
         PlannedStep(variant=name, step=planned.step(key).name, key=key, state=state(key))
         for name, keys in planned.chains.items()
@@ -250,7 +252,7 @@ def _rows(planned: Plan, state: Any) -> list[PlannedStep]:  # noqa: ANN401 - a f
     ]
 
 
-def _write_plan(store: Store, planned: Plan, state: Any) -> None:  # noqa: ANN401 - a function from key to word
+def _write_plan(store: Store, planned: Plan, state: Any) -> None:
     rows = _rows(planned, state)
     width = max(len(row.variant) for row in rows)
     lines = [f"{row.variant:<{width}}  {row.step:<12}  {row.key[:12]}  {row.state}" for row in rows]
@@ -343,7 +345,15 @@ def _write_winner(store: Store, report: Mapping[str, Any], subjects: Sequence[me
     if artifact.format != "onnx":
         return
     entry = next(variant for variant in report["variants"] if variant["name"] == winner["variant"])
-    kept = ("top1", "top1_interval", "top1_drop", "top1_drop_interval", "latency_ms", "speedup", "within_budget")
+    kept = (
+        "top1",
+        "top1_interval",
+        "top1_drop",
+        "top1_drop_interval",
+        "latency_ms",
+        "speedup",
+        "within_budget",
+    )
     bundle.write_bundle(
         store.root / "best",
         artifact,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,7 +25,9 @@ from deploycnn.core import Artifact
 PREDICT = Path(__file__).with_name("_bundle") / "predict.py"
 
 
-def write_bundle(folder: Path, artifact: Artifact, *, variant: str, runtime: str | None, evidence: Mapping[str, Any]) -> None:
+def write_bundle(
+    folder: Path, artifact: Artifact, *, variant: str, runtime: str | None, evidence: Mapping[str, Any]
+) -> None:
     """Write the bundle of ``artifact`` to ``folder``, replacing an earlier one at once.
 
     Args:
@@ -77,7 +78,7 @@ def _replace_folder(new: Path, folder: Path) -> None:
     old = None
     if folder.exists():
         old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old."))
-        os.replace(folder, old)  # an empty folder may be replaced by a rename
-    os.replace(new, folder)
+        folder.replace(old)  # an empty folder may be replaced by a rename
+    new.replace(folder)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -89,7 +89,9 @@ class Draft:
 class ProgressFn(Protocol):
     """Report progress: ``done`` of ``total`` units, and what is being done."""
 
-    def __call__(self, done: float, total: float, message: str = "") -> None: ...
+    def __call__(self, done: float, total: float, message: str = "") -> None:
+        """``done`` of ``total`` units; ``message`` says what is being done."""
+        ...
 
 
 def no_progress(done: float, total: float, message: str = "") -> None:

@@ -99,7 +99,11 @@ class _Maker:
         baseline = next(entry for entry in self.inputs.entries if entry.name == self.inputs.baseline)
         for spec in self.measured.runtimes:
             accepts = registry.get("runtime", spec.partition(":")[0]).accepts
-            if spec not in self.measured.unavailable and baseline.artifact and baseline.artifact.format in accepts:
+            if (
+                spec not in self.measured.unavailable
+                and baseline.artifact
+                and baseline.artifact.format in accepts
+            ):
                 return spec
         return self.measured.runtimes[0]
 
@@ -244,7 +248,11 @@ class _Maker:
             if timing.threads != self.primary_threads or row is None or not row.measured:
                 continue
             summary, batch = summarize(row), str(timing.batch_size)
-            result["latency_ms"][batch] = {"median": summary.median_ms, "p90": summary.p90_ms, "p99": summary.p99_ms}
+            result["latency_ms"][batch] = {
+                "median": summary.median_ms,
+                "p90": summary.p90_ms,
+                "p99": summary.p99_ms,
+            }
             speedup = self.speedup(timing, row)
             if speedup is not None:
                 result["speedup"][batch] = speedup
@@ -252,7 +260,9 @@ class _Maker:
 
     def why_not_measured(self, entry: Entry) -> str:
         reasons = [
-            f"{spec}: {row.why}" for spec in self.measured.runtimes if (row := self.row(self.primary(), entry.name, spec))
+            f"{spec}: {row.why}"
+            for spec in self.measured.runtimes
+            if (row := self.row(self.primary(), entry.name, spec))
         ]
         return "; ".join(reasons) or "none of the runtimes opens it"
 
@@ -347,12 +357,15 @@ class _Maker:
         }
 
     def warnings(self) -> list[str]:
-        found = [f"{entry.name}: {entry.why}" for entry in self.inputs.entries if entry.artifact is None]
-        found += [f"{spec} was not measured: {why}" for spec, why in self.measured.unavailable.items()]
-        found += [f"{name} on {spec}: {why}" for (name, spec), why in self.measured.failures.items()]
+        # Failed variants and unavailable runtimes are told where their figures would stand.
+        found = [f"{name} on {spec}: {why}" for (name, spec), why in self.measured.failures.items()]
         for timing in self.measured.timings:
-            words = {row.disturbance.words for row in timing.rows if row.disturbance and row.disturbance.words}
-            found += [f"timing at batch {timing.batch_size}, {timing.threads} threads: {text}" for text in sorted(words)]
+            words = {
+                row.disturbance.words for row in timing.rows if row.disturbance and row.disturbance.words
+            }
+            found += [
+                f"{measure.timing_title(timing.batch_size, timing.threads)}: {text}" for text in sorted(words)
+            ]
         if self.inputs.data is not None and self.inputs.data.dataset.skipped:
             found.append(f"{len(self.inputs.data.dataset.skipped)} unusable files were skipped")
         return found
@@ -372,4 +385,3 @@ class _Maker:
             "warmup_runs": rows[0].warmup_runs,
             "resamples": statistics.RESAMPLES,
         }
-

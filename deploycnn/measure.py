@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from deploycnn.core import Artifact
 from deploycnn.errors import ArtifactError, DeployCNNError, RuntimeUnavailable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from deploycnn.profiling.rows import TimingRow
 
 #: Splits that accuracy is measured on: val picks the winner, test proves it.
-SPLITS = ("val", "test")
+SPLITS: tuple[Literal["val", "test"], ...] = ("val", "test")
 #: Enters the keys of stored measurements: bump when what is measured changes.
 MEASUREMENT_VERSION = 1
 #: Images in a batch when accuracy is measured, where the model leaves the choice.
@@ -70,6 +70,11 @@ class Measured:
 def label(subject: str, runtime: str) -> str:
     """How a row is called in stored measurements."""
     return f"{subject}|{runtime}"
+
+
+def timing_title(batch_size: int, threads: int) -> str:
+    """What a person calls a set of timings."""
+    return f"timing: batch {batch_size}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def full_spec(spec: str) -> str:
@@ -121,7 +126,14 @@ def measure(
     result = Measured(runtimes=tuple(full_spec(spec) for spec in runtimes))
     usable = _usable(result, events)
     session = _Measurement(
-        subjects=subjects, usable=usable, profile=profile, store=store, data=data, events=events, here=here, seed=seed
+        subjects=subjects,
+        usable=usable,
+        profile=profile,
+        store=store,
+        data=data,
+        events=events,
+        here=here,
+        seed=seed,
     )
     if data is not None and profile.accuracy:
         session.accuracy(result)
@@ -209,7 +221,7 @@ class _Measurement:
             threads=threads,
             settings=[settings.budget_s, settings.rounds, settings.seed],
         )
-        title = f"timing: batch {batch_size}, {threads} thread{'s' if threads > 1 else ''}"
+        title = timing_title(batch_size, threads)
         stored = self.store.measurement(name)
         if stored is not None:
             self.events.step_finished(title, "hit", 0.0)
@@ -229,7 +241,9 @@ class _Measurement:
                 ]
                 rows = time_interleaved(candidates, settings, self.events.progress)
             self.store.write_measurement(name, {"rows": [row.to_json() for row in rows]})
-        return Timing(batch_size=batch_size, threads=threads, rows=tuple(rows), file=f"measurements/{name}.json")
+        return Timing(
+            batch_size=batch_size, threads=threads, rows=tuple(rows), file=f"measurements/{name}.json"
+        )
 
     def accuracy(self, result: Measured) -> None:
         """Predictions on val and test for every pair."""
@@ -241,7 +255,9 @@ class _Measurement:
                 continue
             batch_size = subject.artifact.inputs[0].shape[0] or ACCURACY_BATCH_SIZE
             for split in SPLITS:
-                name = self.key("predictions", artifact=subject.artifact.key, data=data.fingerprint, on=spec, split=split)
+                name = self.key(
+                    "predictions", artifact=subject.artifact.key, data=data.fingerprint, on=spec, split=split
+                )
                 stored = self.store.measurement(name)
                 if stored is not None:
                     result.predictions[subject.name, spec, split] = Predictions.from_json(stored, name)
@@ -249,9 +265,13 @@ class _Measurement:
                 title = f"accuracy: {subject.name} on {spec}, {split}"
                 try:
                     with _Step(self.events, title):
-                        opened = runtime.open(subject.artifact, batch_size=batch_size, threads=available_threads())
+                        opened = runtime.open(
+                            subject.artifact, batch_size=batch_size, threads=available_threads()
+                        )
                         try:
-                            predictions = evaluate(opened, data, split, batch_size, progress=self.events.progress)
+                            predictions = evaluate(
+                                opened, data, split, batch_size, progress=self.events.progress
+                            )
                         finally:
                             opened.close()
                 except DeployCNNError as error:
@@ -290,7 +310,7 @@ class _Measurement:
                 result.memory_bytes[subject.name, spec] = peak
 
 
-def _opener(runtime: Runtime, artifact: Artifact, batch_size: int, threads: int) -> Any:  # noqa: ANN401
+def _opener(runtime: Runtime, artifact: Artifact, batch_size: int, threads: int) -> Any:
     return lambda: runtime.open(artifact, batch_size=batch_size, threads=threads)
 
 

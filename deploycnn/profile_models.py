@@ -79,7 +79,9 @@ def profile(
     loaded = api.load_recipe(recipe, data=data) if recipe is not None else None
     specs = tuple(runtimes) or (loaded.runtimes if loaded else ("onnxruntime:cpu",))
     measure.require_reference(specs)
-    settings = Profile(runtimes=specs, batch_sizes=tuple(batch_sizes), threads=tuple(threads), budget_s=budget_s)
+    settings = Profile(
+        runtimes=specs, batch_sizes=tuple(batch_sizes), threads=tuple(threads), budget_s=budget_s
+    )
     folder = Path(out) if out is not None else _fresh_folder()
     with Store.open(folder) as opened:
         found: list[evidence.Entry] = []
@@ -87,7 +89,9 @@ def profile(
             found += _Bringer(opened, loaded, specs, events).bring(Path(model))
         entries = _unique(found)
         images = _images(entries, loaded, data)
-        subjects = [measure.Subject(name=entry.name, artifact=entry.artifact) for entry in entries if entry.artifact]
+        subjects = [
+            measure.Subject(name=entry.name, artifact=entry.artifact) for entry in entries if entry.artifact
+        ]
         measured = measure.measure(subjects, specs, settings, opened, images, events)
         report = evidence.report(
             evidence.Inputs(
@@ -136,7 +140,11 @@ class _Bringer:
             return [_of_artifact(path.parent, path.parent.name)]
         if path.suffix in CHECKPOINTS:
             return self.checkpoint(path)
-        return [self.make({"source": {"onnx": str(path.absolute())}, "variants": {_name(path): []}}, None, _name(path))]
+        return [
+            self.make(
+                {"source": {"onnx": str(path.absolute())}, "variants": {_name(path): []}}, None, _name(path)
+            )
+        ]
 
     def checkpoint(self, path: Path) -> list[evidence.Entry]:
         """A checkpoint as the recipe's architecture: exported, and as it is where PyTorch is asked for."""
@@ -147,9 +155,12 @@ class _Bringer:
         if any(spec.partition(":")[0] == "pytorch" for spec in self.runtimes):
             chains[f"{name}-torch"] = []
         raw = {
-            key: value for key, value in self.recipe.raw.items() if key in ("source", "data", "preprocessing", "seed")
+            key: value
+            for key, value in self.recipe.raw.items()
+            if key in ("source", "data", "preprocessing", "seed")
         }
-        changed = recipes.load_values({**raw, "variants": chains, "profile": {"runtimes": list(self.runtimes)}}, weights=path)
+        raw |= {"variants": chains, "profile": {"runtimes": list(self.runtimes)}}
+        changed = recipes.load_values(raw, weights=path)
         images = api.open_data(changed)
         return [self.make(recipes.only(changed, [chain]), images, chain) for chain in chains]
 
@@ -181,7 +192,9 @@ def _variant_order(folder: Path) -> dict[str, int]:
     from deploycnn import schema
 
     try:
-        raw = schema.load_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
+        raw = schema.load_yaml(
+            (folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml")
+        )
         names = sorted(raw["variants"], key=lambda name: name != raw.get("baseline"))
     except (OSError, KeyError, TypeError):
         return {}
@@ -191,7 +204,9 @@ def _variant_order(folder: Path) -> dict[str, int]:
 def _of_artifact(folder: Path, name: str) -> evidence.Entry:
     artifact = store.load_artifact(folder)
     manifests = _chain(folder, artifact)
-    parities = [manifest["facts"]["record"]["parity"] for manifest in manifests if manifest["step"] == "export"]
+    parities = [
+        manifest["facts"]["record"]["parity"] for manifest in manifests if manifest["step"] == "export"
+    ]
     return evidence.Entry(
         name=name,
         passes=tuple(manifest["step"] for manifest in manifests[1:]),
@@ -216,7 +231,9 @@ def _chain(folder: Path, artifact: Artifact) -> list[dict[str, Any]]:
 
 def _name(path: Path) -> str:
     """A variant's name from a file's."""
-    kept = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in path.stem)
+    kept = "".join(
+        char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in path.stem
+    )
     return kept.lstrip("._-") or "model"
 
 
@@ -247,7 +264,7 @@ def _images(entries: Sequence[evidence.Entry], recipe: Recipe | None, data: Path
 
     declared = [entry.artifact.facts.preprocessing for entry in entries if entry.artifact]
     if None in declared:
-        nameless = next(entry.name for entry in entries if entry.artifact and entry.artifact.facts.preprocessing is None)
+        nameless = entries[declared.index(None)].name
         raise PreprocessingError(
             f"{nameless}: does not say how its images are prepared; give --recipe with data and `preprocessing`"
         )

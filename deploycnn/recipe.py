@@ -31,7 +31,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class Budget:
     """What the winner may cost."""
 
-    max_top1_drop: Annotated[float, Ge(0), Le(1), "Largest top-1 drop against the baseline, as a fraction."] = 0.01
+    max_top1_drop: Annotated[
+        float, Ge(0), Le(1), "Largest top-1 drop against the baseline, as a fraction."
+    ] = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class Profile:
     budget_s: Annotated[
         float, Gt(0), "Seconds of timing for each model, runtime, batch size and thread count."
     ] = 6.0
-    rounds: Annotated[int, Ge(6), "How often sessions are opened anew, at most; more make intervals narrower."] = 20
+    rounds: Annotated[
+        int, Ge(6), "How often sessions are opened anew, at most; more make intervals narrower."
+    ] = 20
     accuracy: Annotated[bool, "Measure accuracy on val and test with every runtime."] = True
     memory: Annotated[bool, "Measure peak memory, each in a process of its own."] = True
 

@@ -12,9 +12,9 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from deploycnn.errors import RecipeError, nearest
 
@@ -82,12 +82,13 @@ def _nested(annotation: Any) -> Iterator[type]:
 
 
 @functools.cache
-def _adapter(cls: type[Any]) -> Any:
+def _adapter(cls: Hashable) -> Any:
     from pydantic import TypeAdapter
 
-    pending, seen = [cls], set()
+    pending: list[Any] = [cls]
+    seen = set()
     while pending:
-        current: type[Any] = pending.pop()
+        current = pending.pop()
         if current in seen:
             continue
         seen.add(current)
@@ -95,7 +96,7 @@ def _adapter(cls: type[Any]) -> Any:
         hints = typing.get_type_hints(current, include_extras=True)
         for name in field_names(current):
             pending.extend(_nested(hints[name]))
-    return TypeAdapter(cls)
+    return TypeAdapter(cast("type[Any]", cls))
 
 
 def field_names(cls: type[Any]) -> tuple[str, ...]:
@@ -129,7 +130,7 @@ def build(cls: type[T], options: object, where: str) -> T:
         known = ", ".join(field_names(cls)) or "none"
         raise RecipeError(f"{where}: expected a mapping of options ({known}), got {options!r}")
     try:
-        result: T = _adapter(cls).validate_json(json.dumps(dict(options)), strict=True)
+        result: T = _adapter(cast("Hashable", cls)).validate_json(json.dumps(dict(options)), strict=True)
     except ValidationError as error:
         raise RecipeError(_explain(cls, min(error.errors(), key=_urgency), where)) from None
     except TypeError as error:

@@ -27,7 +27,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 import traceback
@@ -282,10 +281,3 @@ def _describe(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def remove_leftovers(folder: Path, known: set[str]) -> None:
-    """Delete half-made folders in ``folder`` whose names are not ``known``."""
-    for item in folder.iterdir():
-        if item.name not in known:
-            shutil.rmtree(item) if item.is_dir() else os.unlink(item)

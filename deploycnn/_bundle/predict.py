@@ -6,10 +6,14 @@ Needs numpy, Pillow and onnxruntime (or openvino). The preprocessing is the one 
 calibrated and measured with; it is read from deploy.json.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,7 +21,7 @@ from PIL import Image, ImageOps
 FILTERS = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "nearest": "NEAREST", "area": "BOX"}
 
 
-def prepare(picture, spec):
+def prepare(picture: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
     """A PIL image as float32 input of shape (1, C, H, W)."""
     picture = ImageOps.exif_transpose(picture).convert("RGB")
     if spec["channels"] == "gray":
@@ -34,7 +38,7 @@ def prepare(picture, spec):
     return unit.astype(np.float32).transpose(2, 0, 1)[None]
 
 
-def fit(picture, spec):
+def fit(picture: Image.Image, spec: Mapping[str, Any]) -> Image.Image:
     """Bring an image to the declared size: squash, letterbox or center_crop."""
     height, width = spec["size"]
     filter_ = getattr(Image.Resampling, FILTERS[spec["interpolation"]])
@@ -59,7 +63,7 @@ def fit(picture, spec):
     return picture.resize((new_w, new_h), filter_).crop((left, top, left + width, top + height))
 
 
-def load(folder, runtime):
+def load(folder: Path, runtime: str) -> Callable[[np.ndarray], np.ndarray]:
     """The model as a function from input to logits."""
     path = str(folder / "model.onnx")
     if runtime.startswith("openvino"):
@@ -78,7 +82,7 @@ def load(folder, runtime):
     return lambda images: session.run(None, {name: images})[0]
 
 
-def main(paths):
+def main(paths: Sequence[str]) -> None:
     """Print the class and its probability for each image."""
     if not paths:
         sys.exit(__doc__)

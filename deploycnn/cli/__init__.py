@@ -20,10 +20,10 @@ VERBS = ("compress", "export", "profile", "inspect", "recipes", "passes", "docto
 class _Verbs(click.Group):
     """A group whose commands live in modules of the same name."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f"deploycnn.cli.{cmd_name}").command

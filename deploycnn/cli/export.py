@@ -11,7 +11,9 @@ from deploycnn.cli.options import output_options, recipe_argument, recipe_option
 
 @click.command("export", short_help="Make variants and write their deploy bundles, without measuring.")
 @recipe_argument
-@click.option("--variant", "variants", multiple=True, metavar="NAME", help="Which one; may be repeated. [default: all]")
+@click.option(
+    "--variant", "variants", multiple=True, metavar="NAME", help="Which one; may be repeated. [default: all]"
+)
 @recipe_options
 @output_options
 def command(
@@ -34,7 +36,13 @@ def command(
 
     with Console(plain=plain or None, quiet=quiet) as console:
         bundles = api.export(
-            recipe, variants=variants, out=out, overrides=overrides, data=data, weights=weights, events=console
+            recipe,
+            variants=variants,
+            out=out,
+            overrides=overrides,
+            data=data,
+            weights=weights,
+            events=console,
         )
     if as_json:
         print_json({name: str(path) for name, path in bundles.items()})

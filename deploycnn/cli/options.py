@@ -36,7 +36,9 @@ def recipe_options(function: F) -> F:
             help="Change one value, e.g. variants.int8.1.int8.calibrator=minmax; may be repeated.",
         ),
         click.option("--weights", type=_PATH, help="Checkpoint to use instead of the source's weights."),
-        click.option("--data", type=_PATH, help="Image folder, or a zip of one, to use instead of the recipe's data."),
+        click.option(
+            "--data", type=_PATH, help="Image folder, or a zip of one, to use instead of the recipe's data."
+        ),
     ):
         function = option(function)
     return function

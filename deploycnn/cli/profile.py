@@ -12,11 +12,19 @@ from deploycnn.cli.options import output_options
 @click.command("profile", short_help="Measure and compare model files and runs.")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--recipe", help="Architecture, data and preprocessing for .pt and .safetensors files.")
-@click.option("--data", type=click.Path(path_type=Path), help="Image folder, or a zip of one, to measure accuracy on.")
-@click.option("--runtime", "runtimes", multiple=True, help="Runtime, e.g. onnxruntime or openvino:bf16; repeatable.")
-@click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Repeatable. [default: 1]")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Image folder, or a zip of one, to measure accuracy on."
+)
+@click.option(
+    "--runtime", "runtimes", multiple=True, help="Runtime, e.g. onnxruntime or openvino:bf16; repeatable."
+)
+@click.option(
+    "--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Repeatable. [default: 1]"
+)
 @click.option("--threads", multiple=True, help="A number or `all`; repeatable. [default: 1 and all]")
-@click.option("--budget-s", type=float, help="Seconds of timing for each batch size and thread count. [default: 6]")
+@click.option(
+    "--budget-s", type=float, help="Seconds of timing for each batch size and thread count. [default: 6]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory. [default: runs/profile-<time>]")
 @output_options
 def command(
