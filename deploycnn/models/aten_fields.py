@@ -244,3 +244,6 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("split", "split_with_sizes"), _split),
     **dict.fromkeys(("addmm", "mm"), _matrix),
 }
+
+#: Operators that need not be taken apart into simpler ones.
+KNOWN = _KEEPS | _RULES.keys()

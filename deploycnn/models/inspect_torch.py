@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deploycnn.models.aten_fields import UNKNOWN, FieldOrUnknown, field_after
+from deploycnn.models.aten_fields import KNOWN, UNKNOWN, FieldOrUnknown, field_after
 from deploycnn.models.inspection import LayerRow, ModelTable, total
 from deploycnn.models.macs import count_params, evaluating, without_fused_attention
 from deploycnn.models.receptive_field import Field
@@ -123,7 +123,8 @@ class _Tape(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func._overloadpacket not in flop_registry:  # noqa: SLF001 - its public name, as FlopCounterMode reads it
+        packet = func._overloadpacket  # noqa: SLF001 - no public name
+        if packet not in flop_registry and packet.__name__ not in KNOWN:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:

@@ -54,7 +54,7 @@ def test_vgg16_bn_has_the_convolutions_of_configuration_d():
     assert count_macs(model, (3, 32, 32)) == pytest.approx(313.2e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
+@pytest.mark.parametrize("name", ["lenet5", "resnet20", "resnet20b", "resnet32", "vgg16_bn", "mobilenet_v2"])
 @pytest.mark.parametrize("training", [False, True])
 def test_builds_for_other_classes_and_channels(name, training):
     model = zoo.build(name, num_classes=7, in_channels=1).train(training)
