@@ -173,7 +173,9 @@ def check_onnx(model: ModelProto, what: str) -> None:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise PassRequirementError(f"{what} is not valid ONNX: {reason}; check the model it was made from") from error
+        raise PassRequirementError(
+            f"{what} is not valid ONNX: {reason}; check the model it was made from"
+        ) from error
 
 
 def sort_nodes(model: ModelProto) -> None:

@@ -44,9 +44,9 @@ class Parity:
     Attributes:
         max_abs_error: Largest ``|a - b|`` over all outputs and images.
         max_rel_error: Largest ``|a - b| / max|b|``, the maximum over one image's output.
-        worst_ratio: Largest ``|a - b|`` as a share of what the tolerance allows; above 1 is a failure; ``None``
+        worst_ratio: Largest ``|a - b|`` as a share of what is tolerated; above 1 is a failure; ``None``
             where nothing was demanded.
-        top1_agreement: Share of images, in [0, 1], whose largest logit is the same; ``None`` where the first output
+        top1_agreement: Share of images, in [0, 1], whose largest logit is the same; ``None`` where the output
             is not (N, classes).
         batch_sizes: Batch sizes that were run, each over all images.
         images: How many images.

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Fp16(Pass):
     """Cast weights and activations to FP16, keeping graph inputs and outputs FP32.
 
-    Parity is measured by onnxruntime's CPU provider, which stores halves but computes some of them in FP32; so
-    overflow is not left to it but looked for in the FP32 activations of training images.
+    Parity is measured by onnxruntime's CPU provider, which stores halves but computes some of them in FP32;
+    so overflow is not left to it but looked for in the FP32 activations of training images.
     """
 
     consumes: ClassVar[Format | None] = "onnx"
@@ -47,8 +47,8 @@ class Fp16(Pass):
         """Write ``model.onnx``.
 
         Raises:
-            PassRequirementError: the model is not a float32 classifier of images, or nothing in it can be
-            converted. ParityError: outputs differ from the FP32 graph's by more than the tolerance.
+            PassRequirementError: the model is not float32 and of images, or nothing in it can be converted.
+            ParityError: outputs differ from the FP32 graph's by more than the tolerance.
             ArtifactError: the source's file cannot be read.
         """
         from deploycnn.graph.cleanup import simplify

@@ -22,13 +22,18 @@ FLOAT_ONLY_COMPUTE = frozenset({"ConvTranspose"})
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})
 
-#: Operators with an 8-bit kernel, or that only move data.
+#: Operators with an 8-bit kernel, or that only move data. ``HardSigmoid`` has none, but 8 bits on both sides
+#: of it let the gate's ``Mul`` run on integers; ``Pad`` likewise for the addition behind it. On one x86 thread
+#: at batch 1, gates and SiLU left in float cost EfficientNet-B0 23% and MobileNetV3 7%.
 FOLLOWERS = frozenset(
     {
-        "Add", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Flatten", "Transpose",
-        "Squeeze", "Unsqueeze", "Split", "Slice",
+        "Add", "Mul", "Sigmoid", "HardSigmoid", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool",
+        "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice",
     }
 )  # fmt: skip
+
+#: Followers all of whose inputs are activations; the others' further inputs are shapes, axes and bounds.
+_MANY_INPUTS = frozenset({"Add", "Mul", "Concat"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,21 +93,26 @@ def _why_float(node: NodeProto, weights: Mapping[str, TensorProto]) -> str:
 def _may_follow(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
     if node.op_type == "Clip":
         # It becomes the quantization range, which must hold zero.
-        low, high = _bound(node, 1, weights), _bound(node, 2, weights)
+        low = _constant(node, 1, float("-inf"), weights)
+        high = _constant(node, 2, float("inf"), weights)
         return low is not None and high is not None and low <= 0.0 <= high
+    if node.op_type == "Pad":
+        # Zero is in every range, so padding with it needs no range of its own.
+        return attribute(node, "mode", b"constant") == b"constant" and _constant(node, 2, 0.0, weights) == 0.0
     if node.op_type == "MaxPool":
         return len(node.output) == 1 and set(cast("list[int]", attribute(node, "dilations", [1]))) == {1}
     return node.op_type in FOLLOWERS or node.op_type in ACTIVATIONS
 
 
 def _data_inputs(node: NodeProto) -> list[str]:
-    """Inputs that carry activations; the others are shapes, axes and bounds."""
-    return list(node.input) if node.op_type in {"Add", "Concat"} else list(node.input[:1])
+    return list(node.input) if node.op_type in _MANY_INPUTS else list(node.input[:1])
 
 
-def _bound(node: NodeProto, position: int, weights: Mapping[str, TensorProto]) -> float | None:
-    """A bound of ``Clip``, infinite where it has none; ``None`` where it is not constant."""
+def _constant(
+    node: NodeProto, position: int, absent: float, weights: Mapping[str, TensorProto]
+) -> float | None:
+    """A scalar input: ``absent`` where it is left out, ``None`` where it is computed."""
     if position >= len(node.input) or not node.input[position]:
-        return float("-inf") if position == 1 else float("inf")
+        return absent
     name = node.input[position]
-    return float(numpy_helper.to_array(weights[name])) if name in weights else None
+    return float(numpy_helper.to_array(weights[name]).item()) if name in weights else None

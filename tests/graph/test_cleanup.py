@@ -119,7 +119,10 @@ def test_captured_values_of_control_flow_are_kept() -> None:
         [helper.make_tensor_value_info("t", 1, ["N", 3, 8, 8])],
     )
     other = helper.make_graph(
-        [helper.make_node("Neg", ["r"], ["e"])], "else", [], [helper.make_tensor_value_info("e", 1, ["N", 3, 8, 8])]
+        [helper.make_node("Neg", ["r"], ["e"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("e", 1, ["N", 3, 8, 8])],
     )
     nodes = [
         helper.make_node("Identity", ["x"], ["i"]),
@@ -139,7 +142,9 @@ def fold_reference(
     """1x1 convolution and batch norm, step by step in float64."""
     y = np.einsum("nchw,mc->nmhw", x.astype(np.float64), weight[:, :, 0, 0].astype(np.float64))
     y = y + bias.astype(np.float64)[:, None, None]
-    scale, shift, mean, var = (norm[k].astype(np.float64)[:, None, None] for k in ("scale", "shift", "mean", "var"))
+    scale, shift, mean, var = (
+        norm[k].astype(np.float64)[:, None, None] for k in ("scale", "shift", "mean", "var")
+    )
     return scale * (y - mean) / np.sqrt(var + epsilon) + shift
 
 
@@ -215,7 +220,9 @@ def random_graphs(draw: st.DrawFn) -> ModelProto:
     values = ["x"]
     for index in range(draw(st.integers(1, 7))):
         source, out = draw(st.sampled_from(values)), f"v{index}"
-        kind = draw(st.sampled_from(["Identity", "Relu", "Conv", "BatchNormalization", "Add", "Mul", "Dropout"]))
+        kind = draw(
+            st.sampled_from(["Identity", "Relu", "Conv", "BatchNormalization", "Add", "Mul", "Dropout"])
+        )
         if kind == "Conv":
             weights[f"w{index}"] = rng.standard_normal((4, 4, 3, 3)).astype(np.float32) * 0.2
             nodes.append(helper.make_node("Conv", [source, f"w{index}"], [out], pads=[1, 1, 1, 1]))

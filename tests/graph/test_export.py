@@ -36,6 +36,16 @@ def parity(model: nn.Module, graph: onnx.ModelProto, **changes: object) -> Parit
     return measure_parity(by_pytorch(model), evaluator(graph), images(11, SHAPE), **(arguments | changes))  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomized(Residual())
+
+
+@pytest.fixture(scope="module")
+def exported(model: nn.Module) -> onnx.ModelProto:
+    return export_onnx(model, SHAPE, opset=18)
+
+
 @pytest.mark.parametrize("opset", [17, 18, 20])
 @pytest.mark.parametrize("make", [Residual, Shuffle])
 def test_exported_graphs_compute_the_same_at_any_batch_size(make: type[nn.Module], opset: int) -> None:
@@ -48,13 +58,13 @@ def test_exported_graphs_compute_the_same_at_any_batch_size(make: type[nn.Module
     assert result.top1_agreement == 1.0
     (images_in,), (logits,) = graph.graph.input, graph.graph.output
     assert (images_in.name, logits.name) == ("images", "logits")
-    assert [dim.dim_param for dim in images_in.type.tensor_type.shape.dim][0] == "batch"
+    assert images_in.type.tensor_type.shape.dim[0].dim_param == "batch"
     assert shape_of(logits) is not None
     assert shape_of(logits)[0] is None
 
 
-def test_the_graph_is_folded_clean_and_readable() -> None:
-    graph = export_onnx(randomized(Residual()), SHAPE, opset=18)
+def test_the_graph_is_folded_clean_and_readable(exported: onnx.ModelProto) -> None:
+    graph = exported
     assert operators(graph) == [
         "Conv", "Relu", "Conv", "Add", "Relu", "MaxPool", "GlobalAveragePool", "Reshape", "Gemm",
     ]  # fmt: skip
@@ -64,10 +74,16 @@ def test_the_graph_is_folded_clean_and_readable() -> None:
     assert names[-1] == "head/Gemm"
     weights = {tensor.name for tensor in graph.graph.initializer}
     assert {"stem.weight", "stem.bias", "conv.weight", "conv.bias", "head.weight", "head.bias"} <= weights
-    assert all(name in weights or "_output_" in name or name == "images" for node in graph.graph.node for name in node.input)
+    assert all(
+        name in weights or "_output_" in name or name == "images"
+        for node in graph.graph.node
+        for name in node.input
+    )
 
 
-def test_nothing_of_this_machine_gets_into_the_file_and_bytes_repeat(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_of_this_machine_gets_into_the_file_and_bytes_repeat(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     model = randomized(Residual())
     first = export_onnx(model, SHAPE, opset=18, classes=["a", "b"]).SerializeToString(deterministic=True)
     second = export_onnx(model, SHAPE, opset=18, classes=["a", "b"]).SerializeToString(deterministic=True)
@@ -124,9 +140,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(model: nn.Module, reason
     assert len(str(caught.value)) < 500
 
 
-def test_a_perturbed_weight_is_found_and_the_figures_are_named() -> None:
-    model = randomized(Residual())
-    graph = export_onnx(model, SHAPE, opset=18)
+def test_a_perturbed_weight_is_found_and_the_figures_are_named(model, exported) -> None:
+    graph = onnx.ModelProto.FromString(exported.SerializeToString())
     tensor = next(t for t in graph.graph.initializer if t.name == "conv.weight")
     values = onnx.numpy_helper.to_array(tensor).copy()
     values.flat[3] += 0.05
@@ -169,19 +184,16 @@ def test_errors_are_measured_against_the_images_largest_output() -> None:
     assert result.worst_ratio == pytest.approx(1.0, rel=1e-5)
 
 
-def test_parity_without_onnxruntime_uses_the_reference_evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomized(Residual())
-    graph = export_onnx(model, SHAPE, opset=18)
+def test_parity_without_onnxruntime_uses_the_reference_evaluator(model, exported, monkeypatch) -> None:
     monkeypatch.setattr("deploycnn.graph.parity.installed", lambda _: False)
-    result = parity(model, graph)
+    result = parity(model, exported)
     assert result.evaluator == "onnx.reference"
     assert result.max_abs_error < 1e-5
 
 
-def test_files_that_are_no_models_are_refused(tmp_path) -> None:
-    graph = export_onnx(randomized(Residual()), SHAPE, opset=18)
+def test_files_that_are_no_models_are_refused(exported: onnx.ModelProto, tmp_path) -> None:
     path = tmp_path / "model.onnx"
-    assert save_onnx(graph, path) == path.stat().st_size
+    assert save_onnx(exported, path) == path.stat().st_size
     assert tensor_specs(load_onnx(path).graph.input)[0].shape == (None, 3, 12, 12)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"this is no model"):
@@ -192,8 +204,8 @@ def test_files_that_are_no_models_are_refused(tmp_path) -> None:
         load_onnx(tmp_path / "missing.onnx")
 
 
-def test_external_data_outside_the_folder_is_refused(tmp_path) -> None:
-    graph = export_onnx(randomized(Residual()), SHAPE, opset=18)
+def test_external_data_outside_the_folder_is_refused(exported: onnx.ModelProto, tmp_path) -> None:
+    graph = onnx.ModelProto.FromString(exported.SerializeToString())
     (tmp_path / "secret").write_bytes(b"\0" * 10_000)
     folder = tmp_path / "model"
     folder.mkdir()

@@ -48,7 +48,11 @@ def test_an_exported_model_is_half_inside_and_float_outside() -> None:
 
 
 def test_weights_beyond_fp16_keep_their_node_and_are_named() -> None:
-    nodes = [conv("x", "a", "w1"), helper.make_node("Mul", ["a", "big"], ["b"], name="b"), conv("b", "y", "w2")]
+    nodes = [
+        conv("x", "a", "w1"),
+        helper.make_node("Mul", ["a", "big"], ["b"], name="b"),
+        conv("b", "y", "w2"),
+    ]
     weights: Weights = {"w1": weight(1e-4), "big": np.float32(1e5), "w2": weight(1e-2)}
     model = graph(nodes, weights)
     half, record = convert_fp16(model)
@@ -127,7 +131,9 @@ def spec_cases() -> dict[str, ModelProto]:
     upsample = helper.make_node("Upsample", ["x", "scales"], ["y"], name="y", mode="nearest")
     to_int = helper.make_node("Cast", ["x"], ["i"], name="i", to=TensorProto.INT32)
     to_float = helper.make_node("Cast", ["i"], ["y"], name="y", to=TensorProto.FLOAT)
-    filled = helper.make_node("ConstantOfShape", ["s"], ["f"], name="f", value=helper.make_tensor("v", 1, [1], [2.0]))
+    filled = helper.make_node(
+        "ConstantOfShape", ["s"], ["f"], name="f", value=helper.make_tensor("v", 1, [1], [2.0])
+    )
     shape = helper.make_node("Shape", ["x"], ["s"], name="s")
     add = helper.make_node("Add", ["x", "f"], ["y"], name="y")
     clip = helper.make_node("Clip", ["x", "low", "high"], ["y"], name="y")
@@ -159,10 +165,16 @@ def test_what_the_specification_wants_in_float_stays_float(name: str) -> None:
 
 def test_control_flow_stays_float_and_reads_float() -> None:
     then = helper.make_graph(
-        [helper.make_node("Add", ["a", "one"], ["t"])], "then", [], [helper.make_tensor_value_info("t", 1, ["N", 3, 8, 8])]
+        [helper.make_node("Add", ["a", "one"], ["t"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("t", 1, ["N", 3, 8, 8])],
     )
     other = helper.make_graph(
-        [helper.make_node("Neg", ["a"], ["e"])], "else", [], [helper.make_tensor_value_info("e", 1, ["N", 3, 8, 8])]
+        [helper.make_node("Neg", ["a"], ["e"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("e", 1, ["N", 3, 8, 8])],
     )
     nodes = [
         conv("x", "a", "w"),

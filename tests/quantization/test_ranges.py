@@ -24,7 +24,9 @@ def test_the_histogram_does_not_depend_on_order_or_batches(seed: int, spread: fl
     values = (np.random.default_rng(seed).standard_normal(600) * spread).astype(np.float32)
     values[:50] = 0
     whole = summarize(values)
-    pieces = summarize(*np.array_split(np.sort(np.abs(values)) * np.sign(values[np.argsort(np.abs(values))]), parts))
+    pieces = summarize(
+        *np.array_split(np.sort(np.abs(values)) * np.sign(values[np.argsort(np.abs(values))]), parts)
+    )
     assert whole.exponent == pieces.exponent
     assert whole.zeros == pieces.zeros == 50
     assert np.array_equal(whole.counts, pieces.counts)
@@ -47,7 +49,10 @@ def test_percentiles_agree_with_numpy() -> None:
     want_low, want_high = np.quantile(values, [0.001, 0.999])
     assert low == pytest.approx(want_low, rel=0.02)
     assert high == pytest.approx(want_high, rel=0.02)
-    assert percentile_range(summarize(values), 100) == (values.astype(np.float32).min(), values.astype(np.float32).max())
+    assert percentile_range(summarize(values), 100) == (
+        values.astype(np.float32).min(),
+        values.astype(np.float32).max(),
+    )
 
 
 def test_zeros_count_in_percentiles() -> None:
@@ -58,7 +63,7 @@ def test_zeros_count_in_percentiles() -> None:
 
 
 def kl_of_range(values: np.ndarray, high: float) -> float:
-    """Divergence of the 256-level quantization of non-negative ``values`` clipped at ``high``, on a fine grid."""
+    """Divergence of the 256-level quantization of ``values`` clipped at ``high``, on a fine grid."""
     grid = np.linspace(0, values.max(), 4001)
     original, _ = np.histogram(np.minimum(values, high), grid)
     step = high / 255
@@ -101,7 +106,9 @@ def test_the_three_calibrators_differ() -> None:
 
 
 @pytest.mark.parametrize("calibrator", ["minmax", "entropy", "percentile"])
-@pytest.mark.parametrize("values", [np.zeros(10), np.array([1e-30]), np.array([1e30, -1e30]), np.array([2.5] * 9)])
+@pytest.mark.parametrize(
+    "values", [np.zeros(10), np.array([1e-30]), np.array([1e30, -1e30]), np.array([2.5] * 9)]
+)
 def test_odd_streams_have_a_range_that_holds_zero(calibrator, values: np.ndarray) -> None:
     low, high = choose_range(summarize(values, np.zeros(0)), calibrator, 99.0)
     assert low <= 0 <= high

@@ -206,9 +206,43 @@ def test_what_follows_the_last_layer_stays_float(tmp_path) -> None:
         helper.make_node("Conv", ["r", "v"], ["z"], name="z"),
         helper.make_node("Relu", ["x"], ["u"], name="u"),
     ]
-    weights: Weights = {"w": normal(4, 3, 1, 1), "v": normal(2, 4, 1, 1), "low": np.float32(0), "high": np.float32(6)}
+    weights: Weights = {
+        "w": normal(4, 3, 1, 1),
+        "v": normal(2, 4, 1, 1),
+        "low": np.float32(0),
+        "high": np.float32(6),
+    }
     placement = place(prepare(graph(nodes, weights, outputs=("y", "z", "u"))))
     assert placement.quantized == ("c", "r", "z")
+
+
+def test_gates_and_zero_padded_shortcuts_run_on_integers(tmp_path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="c", pads=[1, 1, 1, 1]),
+        helper.make_node("Sigmoid", ["c"], ["s"], name="s"),
+        helper.make_node("Mul", ["c", "s"], ["silu"], name="silu"),
+        helper.make_node("GlobalAveragePool", ["silu"], ["g"], name="g"),
+        helper.make_node("Conv", ["g", "w2"], ["fc"], name="fc"),
+        helper.make_node("HardSigmoid", ["fc"], ["gate"], name="gate"),
+        helper.make_node("Mul", ["silu", "gate"], ["m"], name="m"),
+        helper.make_node("Pad", ["m", "pads"], ["p"], name="p"),
+        helper.make_node("Pad", ["m", "pads", "one"], ["p1"], name="p1"),
+        helper.make_node("Conv", ["p", "w3"], ["d"], name="d"),
+        helper.make_node("Conv", ["p1", "w3"], ["d1"], name="d1"),
+        helper.make_node("Add", ["d", "d1"], ["y"], name="y"),
+    ]
+    weights: Weights = {
+        "w": normal(4, 3, 3, 3), "w2": normal(4, 4, 1, 1), "w3": normal(2, 6, 1, 1), "one": np.float32(1),
+        "pads": np.int64([0, 1, 0, 0, 0, 1, 0, 0]),
+    }  # fmt: skip
+    model = graph(nodes, weights)
+    quantized, record = quantize(model, tmp_path)
+    assert record.quantized_nodes == ("c", "s", "silu", "g", "fc", "gate", "m", "p", "d", "d1")
+    assert record.fused.by_operator["QLinearMul"] == 2
+    assert record.fused.by_operator["QLinearSigmoid"] == 1
+    x = images(3, (3, 8, 8))
+    (a,), (b,) = evaluator(model)(x), evaluator(quantized)(x)
+    assert np.abs(a - b).max() < 0.05 * np.abs(a).max()
 
 
 def test_a_clip_that_excludes_zero_and_computed_weights_stay_float() -> None:
@@ -231,7 +265,12 @@ def test_lone_batchnorms_are_quantized_as_depthwise_convolutions(tmp_path) -> No
         helper.make_node("Relu", ["n"], ["r"]),
         helper.make_node("Conv", ["r", "w"], ["y"]),
     ]
-    weights: Weights = {"scale": np.float32([1, 2, 3]), "shift": normal(3), "mean": normal(3), "w": normal(4, 3, 1, 1)}
+    weights: Weights = {
+        "scale": np.float32([1, 2, 3]),
+        "shift": normal(3),
+        "mean": normal(3),
+        "w": normal(4, 3, 1, 1),
+    }
     weights["var"] = np.float32([0.5, 1, 2])
     float_model = graph(nodes, weights)
     model, record = quantize(float_model, tmp_path)
@@ -256,10 +295,18 @@ def old_model() -> ModelProto:
         helper.make_node("Softmax", ["f"], ["y"], axis=1),
     ]
     weights: Weights = {
-        "w": normal(6, 3, 3, 3), "w2": normal(2, 6, 1, 1), "scale": np.ones(6, np.float32), "shift": normal(6),
-        "mean": normal(6), "var": np.ones(6, np.float32), "rest": np.int64([-1]),
+        "w": normal(6, 3, 3, 3), "w2": normal(2, 6, 1, 1), "rest": np.int64([-1]), "mean": normal(6),
+        "scale": np.ones(6, np.float32), "shift": normal(6), "var": np.ones(6, np.float32),
     }  # fmt: skip
-    return graph(nodes, weights, shape=(1, 3, 8, 8), opset=9, ir_version=3, weights_as_inputs=True, output_shape=(1, 128))
+    return graph(
+        nodes,
+        weights,
+        shape=(1, 3, 8, 8),
+        opset=9,
+        ir_version=3,
+        weights_as_inputs=True,
+        output_shape=(1, 128),
+    )
 
 
 def test_old_models_with_static_batch_and_listed_weights_quantize(tmp_path) -> None:
@@ -280,7 +327,10 @@ def test_a_third_party_detector_quantizes(tmp_path) -> None:
         pytest.skip("DEPLOYCNN_SHARED is not set")
     path = Path(shared) / "data" / "onnx" / "ultraface-slim-320.onnx"
     record = quantize_static(
-        path, tmp_path / "int8.onnx", [images(3, (3, 240, 320)).clip(-1, 1)], Int8Settings(calibrator="percentile")
+        path,
+        tmp_path / "int8.onnx",
+        [images(3, (3, 240, 320)).clip(-1, 1)],
+        Int8Settings(calibrator="percentile"),
     )
     assert record.images == 3
     assert record.fused.float_compute == 0
@@ -302,7 +352,9 @@ def test_nan_and_infinity_are_refused_by_name(exported: ModelProto, tmp_path) ->
     values = numpy_helper.to_array(tensor).copy()
     values.flat[0] = np.inf
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    with pytest.raises(PassRequirementError, match=r'value "conv/Conv_output_0" of node "conv/Conv".*NaN or infinite'):
+    with pytest.raises(
+        PassRequirementError, match=r'value "conv/Conv_output_0" of node "conv/Conv".*NaN or infinite'
+    ):
         quantize(broken, tmp_path)
     assert not (tmp_path / "int8.onnx").exists()
 
@@ -360,9 +412,13 @@ class _Peak:
 
 
 @pytest.mark.parametrize("calibrator", ["minmax", "entropy"])
-def test_memory_does_not_grow_with_the_number_of_images(exported: ModelProto, tmp_path, calibrator: str) -> None:
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch, calibrator: str) -> None:
+    # Four images at a time: buffers that are merely reused then make little noise.
+    monkeypatch.setattr("deploycnn.graph.observe.ACTIVATION_BUDGET_BYTES", 8_000_000)
     shape = (3, 96, 96)
-    model = export_onnx(randomized(Residual()), shape, opset=18)
+    convolution = helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1])
+    nodes = [convolution, helper.make_node("Relu", ["c"], ["r"]), helper.make_node("Conv", ["r", "v"], ["y"])]
+    model = graph(nodes, {"w": normal(24, 3, 3, 3), "v": normal(8, 24, 1, 1)}, shape=("N", *shape))
 
     def stream(count: int) -> Iterator[np.ndarray]:
         for seed in range(count):
@@ -375,7 +431,7 @@ def test_memory_does_not_grow_with_the_number_of_images(exported: ModelProto, tm
             quantize(model, tmp_path, stream(count), calibrator=calibrator)
         growth.append(peak.growth)
     # One image's activations are about 2 MB here: 360 more of them would be 700 MB.
-    assert growth[1] < growth[0] + 100e6
+    assert growth[1] < growth[0] + 150e6
 
 
 def test_int8_files_are_quantized_by_every_measure(exported: ModelProto, tmp_path) -> None:
