@@ -57,7 +57,9 @@ class FakeSession(Session):
 
 def row_of(label: str, log_ms: npt.NDArray[np.float64], group: str = "g") -> TimingRow:
     """A row whose samples are ``exp(log_ms)``, shape (rounds, blocks, runs)."""
-    samples = tuple(tuple(tuple(float(run) for run in block) for block in blocks) for blocks in np.exp(log_ms))
+    samples = tuple(
+        tuple(tuple(float(run) for run in block) for block in blocks) for blocks in np.exp(log_ms)
+    )
     return TimingRow(
         label=label,
         runtime="fake:cpu",

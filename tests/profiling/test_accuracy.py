@@ -91,7 +91,7 @@ def test_a_model_of_other_classes_is_refused(data: Data) -> None:
 
 def test_progress_counts_images(data: Data) -> None:
     told: list[float] = []
-    evaluate(Reader(5), data, "val", 5, progress=lambda done, total, message="": told.append(done / total))
+    evaluate(Reader(5), data, "val", 5, progress=lambda done, total, _="": told.append(done / total))
     assert told == [5 / 13, 10 / 13, 1.0]
 
 

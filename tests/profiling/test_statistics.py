@@ -40,11 +40,15 @@ def machine(
     as slow.
     """
     shape = (2, rounds, BLOCKS, RUNS)
-    drift = 0.05 * np.cumsum(generator.standard_normal((rounds, BLOCKS)), axis=0)[None, :, :, None] / rounds**0.5
+    drift = (
+        0.05 * np.cumsum(generator.standard_normal((rounds, BLOCKS)), axis=0)[None, :, :, None] / rounds**0.5
+    )
     session = session_sd * generator.standard_normal((2, rounds, 1, 1))
     block = 0.01 * generator.standard_normal((2, rounds, BLOCKS, 1))
     run = 0.01 * generator.pareto(2.0, shape)
-    burst = (generator.random((2, rounds, BLOCKS, 1)) < bursts) * generator.random((2, rounds, BLOCKS, 1)) * 0.7
+    burst = (
+        (generator.random((2, rounds, BLOCKS, 1)) < bursts) * generator.random((2, rounds, BLOCKS, 1)) * 0.7
+    )
     first, second = drift + session + block + run + burst
     return first, second + math.log1p(slowdown)
 
@@ -112,7 +116,9 @@ def test_the_ratio_is_reciprocal_and_scale_free() -> None:
 
 def test_the_same_samples_give_the_same_answer() -> None:
     first, second = machine(np.random.default_rng(0), slowdown=0.02, session_sd=0.01)
-    assert compare(row_of("a", first), row_of("b", second)) == compare(row_of("a", first), row_of("b", second))
+    assert compare(row_of("a", first), row_of("b", second)) == compare(
+        row_of("a", first), row_of("b", second)
+    )
 
 
 def test_the_baseline_is_not_compared_with_itself() -> None:

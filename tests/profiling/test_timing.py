@@ -162,7 +162,7 @@ def test_progress_grows_to_its_total() -> None:
     time_interleaved(
         [candidate(world, "a", 1_000_000)],
         TimingSettings(budget_s=0.5),
-        lambda done, total, message="": told.append((done, total)),
+        lambda done, total, _="": told.append((done, total)),
         clock=world.clock,
         meter=quiet_meter,
     )
@@ -176,7 +176,9 @@ def test_progress_grows_to_its_total() -> None:
     opens=st.floats(0, 20),
     budget=st.floats(0.1, 60),
 )
-def test_a_schedule_keeps_its_limits_and_its_budget(latencies: list[float], opens: float, budget: float) -> None:
+def test_a_schedule_keeps_its_limits_and_its_budget(
+    latencies: list[float], opens: float, budget: float
+) -> None:
     settings = TimingSettings(budget_s=budget)
     schedule = make_schedule(latencies, [opens] * len(latencies), settings)
     assert settings.min_rounds <= schedule.rounds <= settings.rounds

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.profiling.memory import MemoryUse, _read, peak_memory, peak_memory_bytes
+from deploycnn.profiling.memory_child import resident_bytes
+from tests.runtimes import graphs
+
+pytest.importorskip("onnxruntime")
+
+MEGA = 2**20
+
+
+def write_heavy(path: Path, megabytes: int) -> Path:
+    """One matrix product with this much weight."""
+    width = megabytes * MEGA // 4 // (3 * 16 * 16)
+    weight = np.ones((3 * 16 * 16, width), dtype=np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["images"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weight"], ["logits"]),
+        ],
+        "heavy",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, 16, 16])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", width])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_the_peak_holds_the_weights_and_not_this_process(tmp_path: Path) -> None:
+    light = graphs.artifact(graphs.write(tmp_path / "light.onnx"))
+    heavy = graphs.artifact(write_heavy(tmp_path / "heavy.onnx", 64))
+    before = peak_memory_bytes(light, "onnxruntime:cpu", batch_size=1)
+    ballast = np.ones(300 * MEGA // 8)  # a child started from a large process must not inherit its peak
+    after = peak_memory_bytes(light, "onnxruntime:cpu", batch_size=1)
+    assert ballast.sum() > 0
+    assert before < 40 * MEGA
+    assert after < 40 * MEGA
+    use = peak_memory(heavy, "onnxruntime:cpu", batch_size=1)
+    assert 64 * MEGA <= use.peak_bytes < 4 * 64 * MEGA + 40 * MEGA
+    assert use.baseline_bytes > 10 * MEGA
+
+
+def test_errors_of_the_child_are_errors_here(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_text("not a model")
+    with pytest.raises(ArtifactError, match="not an ONNX file"):
+        peak_memory_bytes(graphs.artifact(broken), "onnxruntime:cpu", batch_size=1)
+    sizeless = graphs.artifact(broken, shape=(None, 3, None, None))
+    with pytest.raises(ArtifactError, match="image size is not stated"):
+        peak_memory_bytes(sizeless, "onnxruntime:cpu", batch_size=1)
+
+
+def test_a_child_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    path = graphs.write(tmp_path / "model.onnx")
+    with pytest.raises(RuntimeUnavailable, match="no result within"):
+        peak_memory(graphs.artifact(path), "onnxruntime:cpu", batch_size=1, timeout_s=0.01)
+
+
+def test_answers_are_read_from_the_last_line() -> None:
+    answer = json.dumps({"peak_bytes": 7, "baseline_bytes": 3})
+    assert _read(0, f"chatter\n{answer}\n", "", "x") == MemoryUse(peak_bytes=7, baseline_bytes=3)
+    with pytest.raises(RuntimeUnavailable, match="no device"):
+        _read(0, json.dumps({"error": "RuntimeUnavailable", "message": "no device"}), "", "x")
+    with pytest.raises(ArtifactError, match="killed by signal 9"):
+        _read(-9, "", "", "x")
+    with pytest.raises(RuntimeError, match="Traceback of ours"):
+        _read(1, "half a line", "Traceback of ours", "x")
+
+
+def test_proc_status_is_in_kilobytes() -> None:
+    assert resident_bytes("Name:\tx\nVmHWM:\t    1024 kB\nVmRSS:\t 512 kB\n", "VmHWM") == MEGA
+    with pytest.raises(ValueError, match="VmRSS"):
+        resident_bytes("Name:\tx\n", "VmRSS")
