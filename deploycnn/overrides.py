@@ -18,12 +18,12 @@ def apply(
     Raises:
         RecipeError: a setting has no value, its path leads nowhere, or the source takes no weights.
     """
-    for setting in settings:
-        apply_setting(raw, setting)
     if data is not None:
         replace_data(raw, Path(data))
     if weights is not None:
         replace_weights(raw, Path(weights))
+    for setting in settings:
+        apply_setting(raw, setting)
 
 
 def apply_setting(raw: dict[str, Any], setting: str) -> None:

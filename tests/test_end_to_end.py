@@ -1,0 +1,252 @@
+"""The main job on a tiny model: what a person runs, what it leaves, and what it says when the input is bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deploycnn
+from deploycnn import api, store
+from deploycnn.cli import main
+from deploycnn.errors import DeployCNNError, RecipeError
+from deploycnn.report.schema import validate
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "source": {"zoo": "lenet5"},
+    "data": "digits",
+    "target": "onnxruntime-cpu",
+    "variants": {
+        "fp32": [{"train": {"epochs": 2}}, "export"],
+        "int8": [{"train": {"epochs": 2}}, "export", {"int8": {"calibration_images": 64}}],
+        "small": [
+            {"train": {"epochs": 2}},
+            {"prune": {"pruning_ratio": 0.5, "round_to": 2}},
+            {"distill": {"teacher": "fp32", "epochs": 1}},
+            "export",
+        ],
+        "torch": [{"train": {"epochs": 2}}],
+    },
+    "profile": {
+        "runtimes": ["onnxruntime", "pytorch"],
+        "batch_sizes": [1, 4],
+        "threads": [1],
+        "budget_s": 0.1,
+        "rounds": 6,
+        "memory": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> api.Run:
+    return deploycnn.compress(RECIPE, out=tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def test_the_report_keeps_to_its_schema_and_is_what_is_on_disk(run: api.Run) -> None:
+    on_disk = json.loads((run.path / "report.json").read_text())
+    assert validate(on_disk) == run.report
+    assert (run.path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert [variant["name"] for variant in run.report["variants"]] == ["fp32", "int8", "small", "torch"]
+    assert {variant["status"] for variant in run.report["variants"]} == {"measured"}
+    assert run.problems == ()
+
+
+def test_each_format_is_measured_by_the_runtimes_that_open_it(run: api.Run) -> None:
+    rows = {(row["variant"], row["runtime"]) for row in run.report["measurements"]}
+    onnx = {(name, "onnxruntime:cpu") for name in ("fp32", "int8", "small")}
+    assert rows == onnx | {("torch", "pytorch:eager")}
+    assert len(run.report["measurements"]) == 2 * len(rows)
+
+
+def test_figures_follow_from_the_raw_samples(run: api.Run) -> None:
+    for row in run.report["measurements"]:
+        raw = json.loads((run.path / row["samples"]["file"]).read_text())
+        stored = next(item for item in raw["rows"] if item["label"] == f"{row['variant']}|{row['runtime']}")
+        samples = np.concatenate([np.concatenate(blocks) for blocks in stored["samples_ms"]])
+        assert row["median_ms"] == pytest.approx(np.median(samples), rel=1e-6)
+        assert row["p99_ms"] == pytest.approx(np.quantile(samples, 0.99), rel=1e-6)
+
+
+def test_accuracy_is_that_of_the_exported_file(run: api.Run) -> None:
+    import onnxruntime
+
+    data = api.open_data(api.load_recipe(RECIPE))
+    assert data is not None
+    session = onnxruntime.InferenceSession(str(run.path / "variants/small/model.onnx"))
+    test = data.dataset.test
+    images = np.stack([data.preprocessing.apply(test.decode(index)) for index in range(len(test))])
+    predicted = session.run(None, {"images": images})[0].argmax(axis=1)
+    reported = next(variant for variant in run.report["variants"] if variant["name"] == "small")
+    assert reported["top1"] == pytest.approx(float((predicted == test.labels).mean()))
+    low, high = reported["top1_interval"]
+    assert low <= reported["top1"] <= high
+
+
+def test_shared_steps_are_made_once_and_pruning_shows(run: api.Run) -> None:
+    folders = [path.name.partition("-")[0] for path in (run.path / "artifacts").iterdir() if path.name != ".partial"]
+    assert sorted(folders) == ["distill", "export", "export", "int8", "prune", "train", "zoo"]
+    assert not list((run.path / "artifacts/.partial").iterdir())
+    fp32, _, small, _ = run.report["variants"]
+    assert small["macs"] < 0.6 * fp32["macs"]
+    assert small["params"] < fp32["params"]
+
+
+def test_a_second_run_repeats_nothing_and_says_the_same(run: api.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = run.path / "recipe.yaml"
+    assert main(["compress", str(recipe), "--out", str(run.path), "--json"]) == 0
+    captured = capsys.readouterr()
+    again = json.loads(captured.out)
+    assert " run " not in captured.err
+    assert {**again, "created": ""} == {**run.report, "created": "", "recipe": again["recipe"]}
+
+
+def test_dry_run_writes_nothing(run: api.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(run.path / "recipe.yaml")
+    assert main(["compress", recipe, "--out", str(tmp_path / "new"), "--dry-run"]) == 0
+    assert "7 of 7 steps to run" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+    changed = ["--set", "variants.small.1.prune.pruning_ratio=0.25"]
+    assert main(["compress", recipe, "--out", str(run.path), "--dry-run", *changed]) == 0
+    assert "3 of 7 steps to run" in capsys.readouterr().out
+
+
+def test_the_same_recipe_and_seed_give_the_same_weights(run: api.Run, tmp_path: Path) -> None:
+    other = {**RECIPE, "variants": {name: RECIPE["variants"][name] for name in ("fp32", "small")}}
+    deploycnn.export(other, out=tmp_path / "again")
+    for name in ("fp32", "small"):
+        first, second = run.path / f"variants/{name}/model.onnx", tmp_path / f"again/variants/{name}/model.onnx"
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_profile_takes_runs_files_and_checkpoints(run: api.Run, tmp_path: Path) -> None:
+    model = run.path / "variants/int8/model.onnx"
+    weights = next((run.path / "artifacts").glob("train-*/model.safetensors"))
+    loose = tmp_path / "loose.safetensors"
+    loose.write_bytes(weights.read_bytes())
+    result = deploycnn.profile(
+        run.path / "variants/fp32", model, loose, recipe=run.path / "recipe.yaml", runtimes=["onnxruntime"],
+        threads=(1,), budget_s=0.1, out=tmp_path / "profile",
+    )  # fmt: skip
+    variants = {variant["name"]: variant for variant in result.report["variants"]}
+    assert len(variants) == 3
+    assert variants["loose"]["top1"] == run.report["variants"][0]["top1"]
+    assert variants["loose"]["top1_drop"] == 0
+    assert result.report["winner"] is None
+
+
+def test_a_kill_and_a_second_call_give_the_undisturbed_result(run: api.Run, tmp_path: Path) -> None:
+    recipe, out = run.path / "recipe.yaml", tmp_path / "killed"
+    command = [sys.executable, "-m", "deploycnn", "export", str(recipe), "--variant", "small", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("artifacts/zoo-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "deploy").exists()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    made = out / "variants/small/model.onnx"
+    assert made.read_bytes() == (run.path / "variants/small/model.onnx").read_bytes()
+
+
+def test_the_bundle_predicts_without_this_package(run: api.Run, tmp_path: Path) -> None:
+    from PIL import Image
+
+    bundle = deploycnn.export(run.path / "recipe.yaml", variants=["int8"], out=run.path)["int8"]
+    data = api.open_data(api.load_recipe(RECIPE))
+    assert data is not None
+    paths, expected = [], []
+    for index in range(8):
+        pixels = data.dataset.test.decode(index)
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(pixels).save(path)
+        paths.append(str(path))
+        expected.append(data.preprocessing.apply(pixels))
+    done = subprocess.run(
+        [sys.executable, "-I", str(bundle / "predict.py"), *paths], capture_output=True, text=True, check=True
+    )
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"))
+    logits = session.run(None, {"images": np.stack(expected)})[0]
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    odds /= odds.sum(axis=1, keepdims=True)
+    for line, row in zip(done.stdout.splitlines(), odds, strict=True):
+        _, name, probability = line.split("\t")
+        assert name == data.dataset.classes[int(row.argmax())]
+        assert float(probability) == pytest.approx(row.max(), abs=2e-3)
+
+
+def test_a_variant_that_fails_is_reported_and_the_others_are_measured(tmp_path: Path, capfd: Any) -> None:
+    recipe = {
+        **RECIPE,
+        "variants": {
+            "fp32": [{"train": {"epochs": 2}}, "export"],
+            "bad": [{"train": {"epochs": 2}}, "export", {"int8": {"exclude": ["no_such_node"]}}],
+        },
+    }
+    run = deploycnn.compress(recipe, out=tmp_path / "run")
+    bad = run.report["variants"][1]
+    assert (bad["status"], bad["top1"], bad["latency_ms"]) == ("failed", None, {})
+    assert "no_such_node" in bad["why"]
+    assert len(run.problems) == 1
+    assert run.report["variants"][0]["status"] == "measured"
+
+
+def test_a_diverging_training_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "variants": {"fp32": [{"train": {"epochs": 3, "lr": 1e12}}, "export"]}}
+    with pytest.raises(DeployCNNError, match=r"train: .*(NaN|finite|diverged)"):
+        deploycnn.compress(recipe, out=tmp_path / "run")
+    assert not list((tmp_path / "run/artifacts").glob("train-*"))
+    assert not (tmp_path / "run/report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("source: {zoo: resnet21}\nvariants: {a: [export]}", "resnet20"),
+        ("source: {zoo: lenet5}\nvariants: {a: [export, prune]}", "move it before `export`"),
+        ("source: {zoo: lenet5}\nvariants: {a: [export]}\nprofle: {}", 'did you mean "profile"?'),
+        ("source: {onnx: missing.onnx}\nvariants: {a: []}", "no such file"),
+        ("source: {zoo: lenet5}\nvariants: {a: [{train: {epochs: 1}}, export]}", "needs images"),
+    ],
+)
+def test_bad_recipes_end_with_one_line_and_leave_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, expected: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    assert main(["compress", str(path), "--out", str(tmp_path / "run"), "--plain", "--quiet"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert expected in errors[0]
+    assert not (tmp_path / "run/report.json").exists()
+
+
+def test_an_unavailable_reference_is_refused_before_any_work(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "profile": {"runtimes": ["onnxruntime:cuda"]}}
+    with pytest.raises(DeployCNNError, match="onnxruntime:cuda"):
+        deploycnn.compress(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_schema_is_left_alone(run: api.Run, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"schema_version": store.SCHEMA_VERSION + 1}))
+    assert main(["compress", str(run.path / "recipe.yaml"), "--out", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_an_unknown_variant_is_named(run: api.Run) -> None:
+    with pytest.raises(RecipeError, match='no variant "fp33"; did you mean "fp32"'):
+        deploycnn.export(run.path / "recipe.yaml", variants=["fp33"], out=run.path)
