@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deploycnn.core import MAIN_FILE, Context, Draft, Facts, Json, TensorSpec
 from deploycnn.errors import SourceError
 from deploycnn.models.artifact import save_model, set_architecture
-from deploycnn.models.macs import count_macs, count_params, forward_zeros
+from deploycnn.models.macs import count_params, run_counted
 
 #: Names of the input and output of every model of our own.
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
@@ -85,7 +85,8 @@ def torch_draft(
     Raises:
         SourceError: the model does not take such images, or does not return one tensor of logits.
     """
-    outputs = check_forward(model, input_shape, ctx.num_classes or architecture["num_classes"], where)
+    num_classes = ctx.num_classes or architecture["num_classes"]
+    outputs, macs = check_forward(model, input_shape, num_classes, where)
     set_architecture(model, architecture)
     save_model(model, ctx.output, architecture)
     data = ctx.data
@@ -95,7 +96,7 @@ def torch_draft(
         outputs=(TensorSpec(name=OUTPUT_NAME, dtype="float32", shape=(None, outputs)),),
         facts=Facts(
             params=count_params(model),
-            macs=count_macs(model, input_shape),
+            macs=macs,
             size_bytes=(ctx.output / MAIN_FILE["torch"]).stat().st_size,
             preprocessing=data.preprocessing.to_json() if data is not None else None,
             classes=data.dataset.classes if data is not None else (),
@@ -106,15 +107,15 @@ def torch_draft(
 
 def check_forward(
     model: nn.Module, input_shape: tuple[int, int, int], num_classes: int | None, where: str
-) -> int:
-    """Run one image through ``model`` and return its number of outputs.
+) -> tuple[int, int]:
+    """Run one image through ``model`` and return its number of outputs and its MACs.
 
     Raises:
         SourceError: it fails, returns something else than one (1, K) tensor, or K is not ``num_classes``.
     """
     shape = "x".join(map(str, input_shape))
     try:
-        logits: object = forward_zeros(model, input_shape)
+        logits, macs = run_counted(model, input_shape)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise SourceError(
             f"{where}: cannot process a {shape} image (channels x height x width): "
@@ -131,4 +132,4 @@ def check_forward(
             f"{where}: returns {logits.shape[1]} logits, but there are {num_classes} classes; "
             "let the model take num_classes"
         )
-    return int(logits.shape[1])
+    return int(logits.shape[1]), macs

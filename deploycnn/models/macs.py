@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -25,19 +25,23 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
         model: Any model with one image input; its mode and weights stay as they are.
         input_shape: (C, H, W).
     """
-    # FlopCounterMode counts a multiplication and an addition as two.
-    with FlopCounterMode(display=False) as counter:
-        forward_zeros(model, input_shape)
-    return int(counter.get_total_flops()) // 2
+    return run_counted(model, input_shape)[1]
 
 
-def forward_zeros(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """Logits for one black image: shape (1, ...), in eval mode, without gradients."""
+def run_counted(model: nn.Module, input_shape: Sequence[int]) -> tuple[object, int]:
+    """Run one black image through ``model`` in eval mode; return what it returns, and the MACs.
+
+    Args:
+        model: As in :func:`count_macs`.
+        input_shape: (C, H, W).
+    """
     reference = next(model.parameters(), torch.zeros(()))
     image = torch.zeros((1, *input_shape), dtype=reference.dtype, device=reference.device)
-    with evaluating(model), without_fused_attention(), torch.no_grad():
-        output: Tensor = model(image)
-    return output
+    # Two for each multiply-accumulate.
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), without_fused_attention(), torch.no_grad(), counter:
+        output: object = model(image)
+    return output, int(counter.get_total_flops()) // 2
 
 
 @contextlib.contextmanager

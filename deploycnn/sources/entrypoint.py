@@ -125,6 +125,10 @@ def _import(path: str) -> Callable[..., object]:
 
 def _parameters(function: Callable[..., object]) -> frozenset[str]:
     """Names that ``function`` takes as keywords."""
+    from torch import nn
+
+    if inspect.isclass(function) and function.__init__ is nn.Module.__init__:
+        return frozenset()  # Its signature takes anything, its code nothing.
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
