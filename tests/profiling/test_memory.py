@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +83,17 @@ def test_proc_status_is_in_kilobytes() -> None:
     assert resident_bytes("Name:\tx\nVmHWM:\t    1024 kB\nVmRSS:\t 512 kB\n", "VmHWM") == MEGA
     with pytest.raises(ValueError, match="VmRSS"):
         resident_bytes("Name:\tx\n", "VmRSS")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
+def test_what_was_used_and_freed_before_is_forgotten() -> None:
+    code = (
+        "from deploycnn.profiling.memory_child import peak, settle\n"
+        "ballast = bytearray(b'x') * (200 * 2**20)\n"
+        "del ballast\n"
+        "before = settle()\n"
+        "model = bytearray(b'x') * (50 * 2**20)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 * MEGA <= int(done.stdout) < 60 * MEGA
