@@ -1,24 +1,19 @@
 """What works on this machine, what does not, why, and how to mend it.
 
-Libraries are tried in processes of their own: one that crashes on loading must not take the diagnosis with
-it. Every judgement is a function of what was found, so that each fault can be planted in a test.
+Every judgement is a function of what was found, so that each fault can be planted in a test.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deploycnn import environment, registry
+from deploycnn import environment, probe, registry
 from deploycnn.environment import Nvidia
 
 Status = Literal["ok", "warning", "error"]
@@ -61,25 +56,24 @@ def diagnose() -> list[Finding]:
     nvidia = environment.nvidia_smi()
     findings = [
         check_python(sys.version_info[:3]),
-        *check_onnxruntime_wheels(_installed("onnxruntime"), _installed("onnxruntime-gpu")),
-        *check_gpu(nvidia, _device_nodes()),
-        *check_driver(nvidia, _torch_cuda(), _onnxruntime_cuda()),
+        *check_onnxruntime_wheels(
+            probe.installed_version("onnxruntime"), probe.installed_version("onnxruntime-gpu")
+        ),
+        *check_gpu(nvidia, probe.device_nodes()),
+        *check_driver(nvidia, probe.torch_cuda(), probe.onnxruntime_cuda()),
     ]
-    gpu_wheel = bool(_installed("onnxruntime-gpu"))
+    gpu_wheel = bool(probe.installed_version("onnxruntime-gpu"))
     for name in registry.names("runtime"):
         modes = registry.get("runtime", name).modes
-        answers = probe_runtime(name, modes)
+        answers = probe.probe_runtime(name, modes)
         findings += [check_runtime(f"{name}:{mode}", answers[mode], nvidia, gpu_wheel) for mode in modes]
-    findings += [check_module(name, probe_module(name)) for name in MODULES]
+    findings += [check_module(name, probe.probe_module(name)) for name in MODULES]
     findings += [
         check_disk(Path.cwd(), shutil.disk_usage(Path.cwd()).free),
-        *check_cpus(os.cpu_count() or 1, environment.available_cpus(), cgroup_cpus()),
+        *check_cpus(os.cpu_count() or 1, environment.available_cpus(), probe.cgroup_cpus()),
         check_load(os.getloadavg()[0] if hasattr(os, "getloadavg") else None, environment.available_cpus()),
     ]
     return findings
-
-
-# --- judgements
 
 
 def check_python(found: Sequence[int]) -> Finding:
@@ -240,133 +234,5 @@ def check_load(load: float | None, cpus: int) -> Finding:
     )
 
 
-# --- what is found
-
-
-def probe_runtime(name: str, modes: Sequence[str], timeout_s: float = 180.0) -> dict[str, dict[str, Any]]:
-    """Try all modes of a runtime in one process; if it dies, each mode in one of its own."""
-    answer, died = _child(["runtime", name, *modes], timeout_s)
-    if answer is not None:
-        return {str(mode): dict(found) for mode, found in answer.items()}
-    if len(modes) > 1:
-        return {mode: probe_runtime(name, [mode], timeout_s)[mode] for mode in modes}
-    mend = f"reinstall {name}"
-    return {modes[0]: {"ok": False, "version": "", "why": f"trying it {died}", "mend": mend}}
-
-
-def probe_module(name: str, timeout_s: float = 60.0) -> dict[str, Any]:
-    """Import a module in a process of its own."""
-    try:
-        found = importlib.util.find_spec(name.partition(".")[0]) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
-        return {"ok": False, "installed": False, "version": "", "why": ""}
-    answer, died = _child(["module", name], timeout_s)
-    failed = {"ok": False, "version": "", "why": f"importing it {died}"}
-    return {"installed": True, **(failed if answer is None else answer)}
-
-
-def _child(arguments: Sequence[str], timeout_s: float) -> tuple[dict[str, Any] | None, str]:
-    """The answer of ``main`` in a new process, or ``None`` and how the process ended."""
-    package_parent = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, inherited]))}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "deploycnn.doctor", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env=environ,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"took longer than {timeout_s:.0f} s"
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return dict(json.loads(lines[-1])), ""
-    if done.returncode < 0:
-        return None, f"killed the process (signal {-done.returncode})"
-    said = done.stderr.strip().splitlines()
-    return None, f"ended the process with code {done.returncode}" + (f": {said[-1]}" if said else "")
-
-
-def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPUs' worth of time that a container may use (cgroup v2 ``cpu.max``); ``None``: no limit."""
-    try:
-        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def _installed(distribution: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _torch_cuda() -> str:
-    """CUDA that PyTorch is built for, read without importing it."""
-    return _assigned("torch", "version.py", "cuda")
-
-
-def _onnxruntime_cuda() -> str:
-    """CUDA that onnxruntime-gpu is built for, read without importing it."""
-    return _assigned("onnxruntime", "capi/build_and_package_info.py", "cuda_version")
-
-
-def _assigned(package: str, file: str, name: str) -> str:
-    found = importlib.util.find_spec(package)
-    for folder in (found.submodule_search_locations or []) if found else []:
-        path = Path(folder) / file
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            match = re.search(rf"^{name}\b[^=\n]*=\s*['\"](\d[\d.]*)", text, re.MULTILINE)
-            return match[1] if match else ""
-    return ""
-
-
-def _device_nodes() -> bool:
-    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia").exists()
-
-
 def _major(version: str) -> int:
     return int(version.partition(".")[0])
-
-
-# --- the process that tries
-
-
-def _try_runtime(name: str, modes: Sequence[str]) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from deploycnn.runtimes.base import create
-
-    return {mode: asdict(create(f"{name}:{mode}").availability()) for mode in modes}
-
-
-def _try_module(name: str) -> dict[str, Any]:
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:  # whatever a foreign module raises is the finding
-        return {"ok": False, "version": "", "why": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    version = getattr(module, "__version__", getattr(sys.modules.get(name.partition(".")[0]), "VERSION", ""))
-    if isinstance(version, tuple):
-        version = ".".join(map(str, version))
-    return {"ok": True, "version": str(version), "why": ""}
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Try a runtime (``runtime NAME MODE...``) or a module (``module NAME``); the last line is the answer."""
-    kind, name, *modes = arguments
-    answer = _try_runtime(name, modes) if kind == "runtime" else _try_module(name)
-    sys.stdout.write(f"\n{json.dumps(answer)}\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploycnn import doctor
+from deploycnn import doctor, probe
 from deploycnn.doctor import Finding
 from deploycnn.environment import Nvidia
 
@@ -108,15 +108,15 @@ def test_a_module_that_crashes_on_import_is_an_error_not_a_crash(
     monkeypatch.setattr(
         doctor, "MODULES", dict.fromkeys(("crashing", "failing", "fine", "absent_module"), ("test", "pip"))
     )
-    crashing = doctor.check_module("crashing", doctor.probe_module("crashing"))
+    crashing = doctor.check_module("crashing", probe.probe_module("crashing"))
     assert crashing.status == "error"
     assert "signal 11" in crashing.why
-    failing = doctor.check_module("failing", doctor.probe_module("failing"))
+    failing = doctor.check_module("failing", probe.probe_module("failing"))
     assert failing.status == "error"
     assert "libcuda.so.1" in failing.why
-    fine = doctor.check_module("fine", doctor.probe_module("fine"))
+    fine = doctor.check_module("fine", probe.probe_module("fine"))
     assert (fine.status, fine.what) == ("ok", "4.2 loads (test)")
-    absent = doctor.check_module("absent_module", doctor.probe_module("absent_module"))
+    absent = doctor.check_module("absent_module", probe.probe_module("absent_module"))
     assert (absent.status, absent.mend) == ("warning", "pip")
 
 
@@ -124,7 +124,7 @@ def test_a_module_that_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "hanging.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    assert "took longer than 2 s" in doctor.probe_module("hanging", timeout_s=2.0)["why"]
+    assert "took longer than 2 s" in probe.probe_module("hanging", timeout_s=2.0)["why"]
 
 
 def test_a_runtime_that_dies_is_tried_mode_by_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,15 +134,15 @@ def test_a_runtime_that_dies_is_tried_mode_by_mode(monkeypatch: pytest.MonkeyPat
             return None, "killed the process (signal 11)"
         return dict.fromkeys(modes, WORKS), ""
 
-    monkeypatch.setattr(doctor, "_child", child)
-    found = doctor.probe_runtime("some", ["good", "bad"])
+    monkeypatch.setattr(probe, "_child", child)
+    found = probe.probe_runtime("some", ["good", "bad"])
     assert found["good"]["ok"] is True
     assert found["bad"]["ok"] is False
     assert "signal 11" in str(found["bad"]["why"])
 
 
 def test_a_runtime_is_really_tried() -> None:
-    assert doctor.probe_runtime("onnxruntime", ["cpu"])["cpu"]["ok"] is True
+    assert probe.probe_runtime("onnxruntime", ["cpu"])["cpu"]["ok"] is True
 
 
 def test_little_disk_space_is_told() -> None:
@@ -155,10 +155,10 @@ def test_a_container_with_less_time_than_cpus_is_told(tmp_path: Path) -> None:
     assert only(doctor.check_cpus(8, 8, None)).status == "ok"
     assert "4 usable of 8" in only(doctor.check_cpus(8, 4, 4.0)).what
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert doctor.cgroup_cpus(tmp_path) == 1.5
+    assert probe.cgroup_cpus(tmp_path) == 1.5
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert doctor.cgroup_cpus(tmp_path) is None
-    assert doctor.cgroup_cpus(tmp_path / "nowhere") is None
+    assert probe.cgroup_cpus(tmp_path) is None
+    assert probe.cgroup_cpus(tmp_path / "nowhere") is None
 
 
 def test_a_busy_machine_is_told() -> None:
@@ -175,7 +175,7 @@ def test_built_versions_are_read_without_importing(tmp_path: Path, monkeypatch: 
         "from typing import Optional\ncuda: Optional[str] = '12.8'\nother = '1'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor._assigned("fakelib", "capi/info.py", "cuda") == "12.8"
-    assert doctor._assigned("fakelib", "capi/info.py", "absent") == ""
-    assert doctor._assigned("no_such_package", "x.py", "cuda") == ""
+    assert probe._assigned("fakelib", "capi/info.py", "cuda") == "12.8"
+    assert probe._assigned("fakelib", "capi/info.py", "absent") == ""
+    assert probe._assigned("no_such_package", "x.py", "cuda") == ""
     assert "fakelib" not in sys.modules
