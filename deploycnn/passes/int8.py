@@ -37,7 +37,7 @@ class Int8(Pass):
         float,
         Interval(gt=50, le=100),
         "For `percentile`: percent of the values that each end of the range covers.",
-    ] = 99.99
+    ] = 99.999
     calibration_images: Annotated[int, Ge(1), "Training images to calibrate on, evenly over the classes."] = (
         512
     )

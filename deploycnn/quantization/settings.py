@@ -27,7 +27,7 @@ class Int8Settings:
     """
 
     calibrator: Calibrator = "minmax"
-    percentile: float = 99.99
+    percentile: float = 99.999
     per_channel: bool = True
     reduce_range: bool = False
     activation_type: Literal["uint8", "int8"] = "uint8"
