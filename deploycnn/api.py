@@ -111,6 +111,7 @@ def compress(
     check_chains(loaded)
     measure.require_reference(loaded.runtimes)
     with Store.open(_folder(loaded, out)) as store:
+        files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))
         planned, outcome, opened = _make(loaded, store, events)
         subjects = _subjects(loaded, planned, outcome)
         measured = measure.measure(
@@ -167,6 +168,7 @@ def export(
     check_chains(wanted)
     bundles = {}
     with Store.open(_folder(loaded, out)) as store:
+        files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))
         planned, outcome, _ = _make(wanted, store, events)
         _raise_bugs(outcome)
         for name in variants or planned.chains:
@@ -235,7 +237,6 @@ def _make(recipe: Recipe, store: Store, events: Events) -> tuple[Plan, Outcome, 
         data_fingerprint=opened.fingerprint if opened else None,
         environment_fingerprint=here.fingerprint,
     )
-    files.write_text(store.root / "recipe.yaml", recipes.dump(recipe))
     files.write_json(store.root / "environments" / f"{here.fingerprint[:12]}.json", here.to_json())
     _write_plan(store, planned, lambda key: "hit" if store.has(planned.step(key)) else "miss")
     outcome = execute(recipe, planned, store, opened, events)

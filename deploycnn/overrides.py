@@ -9,6 +9,9 @@ from typing import Any
 from deploycnn import schema
 from deploycnn.errors import RecipeError, nearest
 
+#: Keys whose values are files: on the command line they are relative to the working directory.
+FILE_KEYS = ("root", "weights", "path", "checkpoint", "onnx", "teacher_folder")
+
 
 def apply(
     raw: dict[str, Any], settings: Sequence[str], *, data: Path | str | None, weights: Path | str | None
@@ -38,13 +41,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
             f'--set {setting}: expected key=value, for example "variants.int8.1.int8.calibrator=minmax"'
         )
     value = schema.load_yaml(text, f"--set {path}")
-    if isinstance(value, str) and path.rpartition(".")[2] in (
-        "root",
-        "weights",
-        "path",
-        "checkpoint",
-        "onnx",
-    ):
+    if isinstance(value, str) and path.rpartition(".")[2] in FILE_KEYS and Path(value).exists():
         value = str(Path(value).absolute())
     *parents, last = path.split(".")
     node: Any = raw

@@ -93,7 +93,9 @@ def test_accuracy_is_that_of_the_exported_file(run: api.Run) -> None:
 
 
 def test_shared_steps_are_made_once_and_pruning_shows(run: api.Run) -> None:
-    folders = [path.name.partition("-")[0] for path in (run.path / "artifacts").iterdir() if path.name != ".partial"]
+    folders = [
+        path.name.partition("-")[0] for path in (run.path / "artifacts").iterdir() if path.name != ".partial"
+    ]
     assert sorted(folders) == ["distill", "export", "export", "int8", "prune", "train", "zoo"]
     assert not list((run.path / "artifacts/.partial").iterdir())
     fp32, _, small, _ = run.report["variants"]
@@ -101,7 +103,9 @@ def test_shared_steps_are_made_once_and_pruning_shows(run: api.Run) -> None:
     assert small["params"] < fp32["params"]
 
 
-def test_a_second_run_repeats_nothing_and_says_the_same(run: api.Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_repeats_nothing_and_says_the_same(
+    run: api.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = run.path / "recipe.yaml"
     assert main(["compress", str(recipe), "--out", str(run.path), "--json"]) == 0
     captured = capsys.readouterr()
@@ -124,7 +128,10 @@ def test_the_same_recipe_and_seed_give_the_same_weights(run: api.Run, tmp_path: 
     other = {**RECIPE, "variants": {name: RECIPE["variants"][name] for name in ("fp32", "small")}}
     deploycnn.export(other, out=tmp_path / "again")
     for name in ("fp32", "small"):
-        first, second = run.path / f"variants/{name}/model.onnx", tmp_path / f"again/variants/{name}/model.onnx"
+        first, second = (
+            run.path / f"variants/{name}/model.onnx",
+            tmp_path / f"again/variants/{name}/model.onnx",
+        )
         assert first.read_bytes() == second.read_bytes()
 
 
@@ -146,8 +153,20 @@ def test_profile_takes_runs_files_and_checkpoints(run: api.Run, tmp_path: Path) 
 
 def test_a_kill_and_a_second_call_give_the_undisturbed_result(run: api.Run, tmp_path: Path) -> None:
     recipe, out = run.path / "recipe.yaml", tmp_path / "killed"
-    command = [sys.executable, "-m", "deploycnn", "export", str(recipe), "--variant", "small", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "deploycnn",
+        "export",
+        str(recipe),
+        "--variant",
+        "small",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not list(out.glob("artifacts/zoo-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -216,7 +235,10 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_checkpoint(tmp_path:
     ("content", "expected"),
     [
         ("source: {zoo: resnet21}\nvariants: {a: [export]}", "resnet20"),
-        ("source: {zoo: lenet5}\nvariants: {a: [export, prune]}", "move it before `export`"),
+        (
+            "source: {zoo: lenet5}\nvariants: {a: [export, {prune: {pruning_ratio: 0.5}}]}",
+            "move it before `export`",
+        ),
         ("source: {zoo: lenet5}\nvariants: {a: [export]}\nprofle: {}", 'did you mean "profile"?'),
         ("source: {onnx: missing.onnx}\nvariants: {a: []}", "no such file"),
         ("source: {zoo: lenet5}\nvariants: {a: [{train: {epochs: 1}}, export]}", "needs images"),
