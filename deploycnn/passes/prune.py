@@ -37,10 +37,13 @@ class Prune(Pass):
     produces: ClassVar[Format] = "torch"
     version: ClassVar[int] = 1
 
-    pruning_ratio: Annotated[float, Gt(0), Lt(1), "Share of the prunable channels to remove."] | None = None
-    macs_ratio: (
-        Annotated[float, Gt(0), Lt(1), "Share of the multiply-accumulates to keep at most."] | None
-    ) = None
+    pruning_ratio: Annotated[
+        Annotated[float, Gt(0), Lt(1)] | None, "Share of the prunable channels to remove."
+    ] = None
+    macs_ratio: Annotated[
+        Annotated[float, Gt(0), Lt(1)] | None,
+        "Share of the multiply-accumulates to keep at most; met most closely with `scope: global`.",
+    ] = None
     importance: Annotated[
         Literal["magnitude", "bn_scale", "taylor", "random"], "What the least important channels are told by."
     ] = "magnitude"

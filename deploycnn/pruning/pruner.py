@@ -89,6 +89,11 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
     if not any(len(ladder.steps) > 1 for ladder in found):
         raise PassRequirementError(f"prune: no layer can be pruned: {_summary(protected)}")
     losses = _losses(model, images, structure, found, goal, macs)
+    if not losses:
+        raise PassRequirementError(
+            f"prune.pruning_ratio: {goal.pruning_ratio:g} is too little for any width to reach the next multiple of "
+            f"round_to = {goal.round_to}; raise it, lower round_to, or set scope: global"
+        )
     cuts = removals(losses)
     _check_surgery(model, trial, cuts, structure)
     remove(model, cuts)

@@ -199,6 +199,7 @@ def test_options_survive_the_recipe() -> None:
     assert schema.build(Prune, schema.to_json(step), "prune") == step
     assert hash(step) == hash(schema.build(Prune, options, "prune"))
     assert {row[0] for row in schema.describe(Prune)} == set(schema.field_names(Prune))
+    assert all(text for *_, text in schema.describe(Prune))
 
 
 def test_module_loads_no_torch() -> None:

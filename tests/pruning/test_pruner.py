@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -29,7 +29,7 @@ def cut(model: nn.Module, side: int = 32, **goal: Any) -> Any:
     return prune(model, nets.images(side), MAGNITUDE, Goal(**goal))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     net=st.sampled_from([nets.Residual, nets.Depthwise, nets.Concat]),
     sizes=st.tuples(st.integers(2, 24), st.integers(2, 40)),
@@ -47,6 +47,7 @@ def test_any_width_and_ratio(
         with pytest.raises(PassRequirementError, match="no smaller multiple"):
             cut(model, 8, pruning_ratio=ratio, round_to=round_to, scope=scope)
         return
+    assume(ratio * max(prunable) > round_to)  # else no width may reach a multiple, which is refused
     record = cut(model, 8, pruning_ratio=ratio, round_to=round_to, scope=scope)
     after = widths(model)
     for name, (_, out) in after.items():
@@ -176,6 +177,12 @@ def test_nothing_left_to_prune_says_why() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1), nn.Flatten())
     with pytest.raises(PassRequirementError, match="nothing to rank these channels by"):
         prune(model, nets.images(8), importance.bn_scale, Goal(pruning_ratio=0.5))
+
+
+def test_too_little_to_reach_the_next_width_is_no_silent_success() -> None:
+    with pytest.raises(PassRequirementError, match=r"pruning_ratio: 0.05 is too little.* round_to = 8"):
+        cut(CifarResNet(8), pruning_ratio=0.05)
+    assert cut(CifarResNet(8), pruning_ratio=0.05, scope="global")["pruning_ratio"] > 0
 
 
 def test_model_that_computes_nan_is_refused() -> None:
