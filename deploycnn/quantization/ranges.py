@@ -75,7 +75,7 @@ class Statistics:
 
 
 def choose_range(
-    statistics: Statistics, calibrator: Calibrator, percentile: float = 99.99
+    statistics: Statistics, calibrator: Calibrator, percentile: float = 99.999
 ) -> tuple[float, float]:
     """The range (low, high) to quantize, low <= 0 <= high."""
     if calibrator == "minmax" or statistics.counts is None or not statistics.counts.any():
