@@ -33,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "execute": {"core", "errors", "events", "plan", "recipe", "store", "data"},
     "profiling": {"core", "errors", "runtimes", "data", "models", "deploycnn"},
     "report": {"core", "errors", "files", "deploycnn"},
-    **{room: COMMON | LIBRARIES for room in LIBRARIES},
-    **{room: COMMON | LIBRARIES for room in ("passes", "sources")},
+    **dict.fromkeys(LIBRARIES, COMMON | LIBRARIES),
+    **dict.fromkeys(("passes", "sources"), COMMON | LIBRARIES),
     "runtimes": COMMON | LIBRARIES,
 }
 
