@@ -345,16 +345,12 @@ class _Maker:
     def data(self) -> dict[str, Any] | None:
         if self.inputs.data is None:
             return None
-        dataset = self.inputs.data.dataset
-        splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-        return {
-            "name": dataset.name,
-            "counts": {name: len(split) for name, split in splits.items()},
-            "classes": list(dataset.classes),
-            "fingerprint": dataset.fingerprint,
-            "skipped": [{"path": item.path, "why": item.why} for item in dataset.skipped],
-            "preprocessing": self.inputs.data.preprocessing.to_json(),
-        }
+        from deploycnn.data.summary import describe
+
+        described = describe(self.inputs.data.dataset)
+        kept = {name: described[name] for name in ("name", "classes", "fingerprint", "skipped")}
+        preprocessing = self.inputs.data.preprocessing.to_json()
+        return {**kept, "counts": described["images"], "preprocessing": preprocessing}
 
     def warnings(self) -> list[str]:
         # Failed variants and unavailable runtimes are told where their figures would stand.

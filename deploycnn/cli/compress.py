@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deploycnn.cli.options import optional_recipe_argument, output_options, recipe_options
+
+if TYPE_CHECKING:
+    from deploycnn.api import Run
 
 
 @click.command("compress", short_help="Make, measure and compare the variants of a recipe.")
@@ -32,7 +35,7 @@ def command(
     run that was interrupted goes on where it stopped; what has been made is not made again.
     """
     from deploycnn import api
-    from deploycnn.cli.console import Console, echo, print_json, print_report
+    from deploycnn.cli.console import Console
 
     recipe = recipe or api.DEFAULT_RECIPE
     options: dict[str, Any] = {"out": out, "overrides": overrides, "data": data, "weights": weights}
@@ -41,19 +44,21 @@ def command(
         return 0
     with Console(plain=plain or None, quiet=quiet) as console:
         run = api.compress(recipe, events=console, **options)
+    return show(run, as_json=as_json, plain=plain)
+
+
+def show(run: Run, *, as_json: bool, plain: bool) -> int:
+    """Print a run's report, and what went wrong although there is one; the exit code."""
+    from deploycnn.cli.console import echo, print_json, print_report
+
     if as_json:
         print_json(run.report)
     else:
         print_report(run.report, plain=plain)
         echo(f"\nreport: {run.path / 'report.html'}")
-    return finish(run.problems)
-
-
-def finish(problems: tuple[str, ...]) -> int:
-    """Say what went wrong although a report was written; the exit code."""
-    for problem in problems:
+    for problem in run.problems:
         click.echo(f"error: {problem}", err=True)
-    return 2 if problems else 0
+    return 2 if run.problems else 0
 
 
 def _print_plan(rows: list[Any], as_json: bool) -> None:

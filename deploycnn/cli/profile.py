@@ -46,8 +46,8 @@ def command(
     variants). Accuracy needs images: --data, or the data of --recipe.
     """
     from deploycnn import profile_models as profiles
-    from deploycnn.cli.compress import finish
-    from deploycnn.cli.console import Console, echo, print_json, print_report
+    from deploycnn.cli.compress import show
+    from deploycnn.cli.console import Console
 
     with Console(plain=plain or None, quiet=quiet) as console:
         run = profiles.profile(
@@ -61,9 +61,4 @@ def command(
             out=out,
             events=console,
         )
-    if as_json:
-        print_json(run.report)
-    else:
-        print_report(run.report, plain=plain)
-        echo(f"\nreport: {run.path / 'report.html'}")
-    return finish(run.problems)
+    return show(run, as_json=as_json, plain=plain)
