@@ -1,7 +1,7 @@
 """Find passes, sources, datasets and runtimes by name without importing any of them.
 
 A component named ``int8`` of kind ``pass`` is the one class in ``deploycnn/passes/int8.py`` that derives from
-the kind's base and is defined there. Other distributions add theirs through entry points of the group
+the kind's base; a file without such a class is a helper. Other distributions add theirs through entry points of the group
 ``deploycnn.<kind>`` (``deploycnn.pass``, ...), whose value is ``module:Class``.
 """
 
@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,6 @@ KINDS = {
     "runtime": ("runtimes", "deploycnn.runtimes.base:Runtime"),
 }
 
-#: Files in those packages that are not components. A leading underscore also hides a file.
-HELPERS = frozenset(
-    {"base", "preprocessing", "loader", "index", "augment", "common"}
-    | {
-        "cache",
-        "calibration",
-        "decoding",
-        "folders",
-        "geometry",
-        "layout",
-        "opening",
-        "pixels",
-        "scan",
-        "splits",
-        "statistics",
-        "summary",
-        "views",
-    }
-)
-
 
 @functools.cache
 def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
@@ -53,8 +34,11 @@ def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
 @functools.cache
 def names(kind: str) -> tuple[str, ...]:
     """Names of all components of ``kind``, sorted."""
-    folder = Path(__file__).parent / KINDS[kind][0]
-    own = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - HELPERS
+    package, base_path = KINDS[kind]
+    # Read as text, so that a component is found without loading what it needs.
+    derives = re.compile(rf"^class \w+\([^)]*\b{base_path.rpartition(':')[2]}\b[^)]*\):", re.MULTILINE)
+    folder = Path(__file__).parent / package
+    own = {path.stem for path in folder.glob("*.py") if derives.search(path.read_text(encoding="utf-8"))}
     return tuple(sorted(own | _entry_points(kind).keys()))
 
 
