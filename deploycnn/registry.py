@@ -1,8 +1,9 @@
 """Find passes, sources, datasets and runtimes by name without importing any of them.
 
 A component named ``int8`` of kind ``pass`` is the one class in ``deploycnn/passes/int8.py`` that derives from
-the kind's base; a file without such a class is a helper. Other distributions add theirs through entry points of the group
-``deploycnn.<kind>`` (``deploycnn.pass``, ...), whose value is ``module:Class``.
+the kind's base; a file without such a class is a helper. Other distributions add theirs
+through entry points of the group ``deploycnn.<kind>`` (``deploycnn.pass``, ...), whose value is
+``module:Class``.
 """
 
 from __future__ import annotations

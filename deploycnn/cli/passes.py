@@ -24,14 +24,14 @@ def command(name: str | None) -> None:
     kind = next((kind for kind in _KINDS.values() if name in registry.names(kind)), "pass")
     cls = registry.get(kind, name)
     click.echo(f"{name} ({kind}): {inspect.getdoc(cls)}")
+    if kind == "runtime":
+        click.echo(f"\n  written {name}:MODE; modes: {', '.join(cls.modes)} (the first is the default)")
+        return
     rows = schema.describe(cls)
     width = max((len(row[0]) for row in rows), default=0)
     for field, type_, default, text in rows:
-        click.echo(
-            f"\n  {field:<{width}}  {type_}, default {default}"
-            if default != "required"
-            else f"\n  {field:<{width}}  {type_}, required"
-        )
+        ending = "required" if default == "required" else f"default {default}"
+        click.echo(f"\n  {field:<{width}}  {type_}, {ending}")
         if text:
             click.echo(click.wrap_text(text, width=78, initial_indent="    ", subsequent_indent="    "))
 
