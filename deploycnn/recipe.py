@@ -106,6 +106,8 @@ KEYS = (
     "seed",
 )
 REQUIRED = ("source", "variants")
+#: The largest seed that every random generator in use takes (NumPy's and scikit-learn's take 32 bits).
+MAX_SEED = 2**32 - 1
 
 
 def load(
@@ -207,8 +209,8 @@ def parse(raw: Mapping[str, Any], *, base: Path, default_name: str = "run", wher
     if raw.get("task", "classification") != "classification":
         raise RecipeError(f"{where}: task: should be classification, got {raw['task']!r}")
     seed = raw.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise RecipeError(f"{where}: seed: should be a whole number >= 0, got {seed!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise RecipeError(f"{where}: seed: should be a whole number from 0 to {MAX_SEED}, got {seed!r}")
     source = _source(raw["source"], base, where)
     data = _data(raw.get("data"), base, where)
     variants = _variants(raw["variants"], base, where)
@@ -222,7 +224,7 @@ def parse(raw: Mapping[str, Any], *, base: Path, default_name: str = "run", wher
         source=source,
         data=data,
         preprocessing=_preprocessing(raw.get("preprocessing"), where),
-        target=targets.get(raw.get("target", "onnxruntime-cpu")),
+        target=_target(raw.get("target", "onnxruntime-cpu"), where),
         variants=variants,
         baseline=baseline,
         budget=schema.build(Budget, raw.get("budget"), f"{where}: budget"),
@@ -266,7 +268,7 @@ def _data(raw: object, base: Path, where: str) -> tuple[str, DataSource] | None:
     if raw is None:
         return None
     kind, options = _kind_and_options(raw, f"{where}: data", "digits")
-    cls: type[DataSource] = registry.get("data", kind)
+    cls: type[DataSource] = _component("data", kind, f"{where}: data")
     place = f"{where}: data.{kind}"
     return kind, schema.resolve_paths(schema.build(cls, options, place), base, place)
 
@@ -293,11 +295,28 @@ def _variants(raw: object, base: Path, where: str) -> tuple[Variant, ...]:
         passes = []
         for index, item in enumerate(chain):
             kind, options = _kind_and_options(item, f"{place}.{index}", "export")
-            cls: type[Pass] = registry.get("pass", kind)
+            cls: type[Pass] = _component("pass", kind, f"{place}.{index}")
             here = f"{place}.{index}.{kind}"
             passes.append((kind, schema.resolve_paths(schema.build(cls, options, here), base, here)))
         variants.append(Variant(name=name, passes=tuple(passes)))
     return tuple(variants)
+
+
+def _target(raw: object, where: str) -> targets.Target:
+    if not isinstance(raw, str):
+        raise RecipeError(f'{where}: target: expected a name such as "cpu", got {raw!r}')
+    try:
+        return targets.get(raw)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _component(kind: str, name: str, where: str) -> type[Any]:
+    """The class called ``name``; a name that nobody has is told with its place."""
+    try:
+        return registry.get(kind, name)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _kind_and_options(raw: object, where: str, example: str) -> tuple[str, object]:

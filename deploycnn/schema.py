@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,6 +22,11 @@ T = TypeVar("T")
 
 #: How pydantic calls an unknown key, in dataclasses and in typed dictionaries.
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+
+#: How pydantic calls plain types, and plain types with limits, where they are branches of a union.
+_BRANCHES = tuple(
+    f"{limited}{name}" for limited in ("", "constrained-") for name in ("int", "str", "float", "bool")
+)
 
 #: YAML 1.1 reads ``1e-3`` as a string; people mean a number.
 _FLOAT = re.compile(
@@ -130,12 +135,21 @@ def build(cls: type[T], options: object, where: str) -> T:
         known = ", ".join(field_names(cls)) or "none"
         raise RecipeError(f"{where}: expected a mapping of options ({known}), got {options!r}")
     try:
-        result: T = _adapter(cast("Hashable", cls)).validate_json(json.dumps(dict(options)), strict=True)
-    except ValidationError as error:
-        raise RecipeError(_explain(cls, min(error.errors(), key=_urgency), where)) from None
+        text = json.dumps(dict(options), default=_refuse)
+    except ValueError as error:  # A YAML anchor that holds an alias of itself.
+        raise RecipeError(f"{where}: refers to itself (*alias inside its own &anchor)") from error
     except TypeError as error:
         raise RecipeError(f"{where}: {error}") from error
+    try:
+        result: T = _adapter(cast("Hashable", cls)).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise RecipeError(_explain(cls, error.errors(), where)) from None
     return result
+
+
+def _refuse(value: object) -> None:
+    """YAML makes dates and the like of some words."""
+    raise TypeError(f"{value} is read as a {type(value).__name__}; put it in quotes if text is meant")
 
 
 def _urgency(problem: Mapping[str, Any]) -> int:
@@ -143,21 +157,34 @@ def _urgency(problem: Mapping[str, Any]) -> int:
     return 0 if problem["type"] in _UNKNOWN_KEY else 1
 
 
-def _explain(cls: type[Any], problem: Mapping[str, Any], where: str) -> str:
-    location = tuple(part for part in problem["loc"])
-    readable = ".".join([where, *(str(part) for part in location if not _is_branch(part))])
+def _explain(cls: type[Any], problems: Sequence[Mapping[str, Any]], where: str) -> str:
+    problem = min(problems, key=_urgency)
+    location = _location(problem)
+    readable = ".".join([where, *(str(part) for part in location)])
     if problem["type"] in _UNKNOWN_KEY:
-        holder = _class_at(cls, location) or cls
+        holder = _class_at(cls, tuple(problem["loc"])) or cls
         return f"{readable}: unknown key; {nearest(str(location[-1]), field_names(holder))}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{readable}: required, but not given"
-    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    # What takes one of several types tells what each of them expected.
+    messages = dict.fromkeys(
+        str(other["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+        for other in problems
+        if _location(other) == location
+    )
+    first, *others = messages
+    message = " or ".join([first, *(text.removeprefix("should be ") for text in others)])
     return f"{readable}: {message}, got {json.dumps(problem['input'], default=str)}"
+
+
+def _location(problem: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Keys and indices that lead to a problem, without the branches of unions."""
+    return tuple(part for part in problem["loc"] if not _is_branch(part))
 
 
 def _is_branch(part: object) -> bool:
     """Whether a location part names a branch of a union (pydantic's "function-after[...]", "tuple[...]")."""
-    return isinstance(part, str) and ("[" in part or part in ("int", "str", "float", "bool"))
+    return isinstance(part, str) and ("[" in part or part in _BRANCHES)
 
 
 def to_json(value: object) -> Any:

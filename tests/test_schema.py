@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,7 @@ class Outer:
     method: Literal["a", "b"] = "a"
     rates: tuple[float, ...] = (0.1,)
     size: int | tuple[int, int] = 32
+    threads: tuple[Annotated[int, Gt(0)] | Literal["all"], ...] = ("all",)
     inner: Inner = field(default_factory=Inner)
     weights: Path | None = None
 
@@ -55,7 +57,13 @@ def test_builds_nested_values_with_defaults() -> None:
             "x.inner.probability: should be less than or equal to 1, got 2",
         ),
         ({"epochs": 1, "size": "big"}, "x.size: should be a valid integer"),
-        ([1], "x: expected a mapping of options (epochs, method, rates, size, inner, weights), got [1]"),
+        ({"epochs": 1, "threads": ["al"]}, "x.threads.0: should be a valid integer or 'all', got \"al\""),
+        ({"epochs": 1, "threads": [0]}, "x.threads.0: should be greater than 0 or 'all', got 0"),
+        ({"epochs": date(2020, 1, 2)}, "x: 2020-01-02 is read as a date; put it in quotes if text is meant"),
+        (
+            [1],
+            "x: expected a mapping of options (epochs, method, rates, size, threads, inner, weights), got [1]",
+        ),
     ],
 )
 def test_bad_values_name_place_value_and_mend(options: object, expected: str) -> None:
@@ -81,6 +89,12 @@ def test_bad_yaml_is_refused(text: str, expected: str) -> None:
     with pytest.raises(RecipeError, match="recipe.yaml") as caught:
         schema.load_yaml(text, "recipe.yaml")
     assert expected in str(caught.value)
+
+
+def test_an_anchor_inside_itself_is_refused() -> None:
+    options = schema.load_yaml("&a {epochs: *a}", "x")
+    with pytest.raises(RecipeError, match="x: refers to itself"):
+        schema.build(Outer, options, "x")
 
 
 @given(
