@@ -110,9 +110,10 @@ def compress(
     loaded = load_recipe(recipe, overrides=overrides, data=data, weights=weights)
     check_chains(loaded)
     measure.require_reference(loaded.runtimes)
+    opened = open_data(loaded)
     with Store.open(_folder(loaded, out)) as store:
         files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))
-        planned, outcome, opened = _make(loaded, store, events)
+        planned, outcome = _make(loaded, store, opened, events)
         subjects = _subjects(loaded, planned, outcome)
         measured = measure.measure(
             subjects, loaded.runtimes, loaded.profile, store, opened, events, seed=loaded.seed
@@ -129,10 +130,12 @@ def compress(
                 recipe=recipes.dump(loaded),
             )
         )
+        unmeasured = problems_of(report)
         write_report(store, report)
         _write_winner(store, report, subjects)
     _raise_bugs(outcome)
-    return Run(path=store.root, report=report, problems=_problems(outcome, planned, measured, loaded))
+    problems = (*_problems(outcome, planned, measured, loaded), *unmeasured)
+    return Run(path=store.root, report=report, problems=problems)
 
 
 def export(
@@ -167,9 +170,10 @@ def export(
     wanted = recipes.only(loaded, variants) if variants else loaded
     check_chains(wanted)
     bundles = {}
+    opened = open_data(loaded)
     with Store.open(_folder(loaded, out)) as store:
         files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))
-        planned, outcome, _ = _make(wanted, store, events)
+        planned, outcome = _make(wanted, store, opened, events)
         _raise_bugs(outcome)
         for name in variants or planned.chains:
             key = planned.chains[name][-1]
@@ -226,11 +230,10 @@ def _folder(recipe: Recipe, out: Path | str | None) -> Path:
     return Path(out) if out is not None else Path("runs") / recipe.name
 
 
-def _make(recipe: Recipe, store: Store, events: Events) -> tuple[Plan, Outcome, Data | None]:
-    """Open data, plan, and make all artifacts."""
+def _make(recipe: Recipe, store: Store, opened: Data | None, events: Events) -> tuple[Plan, Outcome]:
+    """Plan, and make all artifacts."""
     from deploycnn import environment
 
-    opened = open_data(recipe)
     here = environment.detect()
     planned = plan(
         recipe,
@@ -242,7 +245,7 @@ def _make(recipe: Recipe, store: Store, events: Events) -> tuple[Plan, Outcome, 
     outcome = execute(recipe, planned, store, opened, events)
     _write_plan(store, planned, outcome.state)
     store.link_variants(planned)
-    return planned, outcome, opened
+    return planned, outcome
 
 
 def _rows(planned: Plan, state: Any) -> list[PlannedStep]:
@@ -328,6 +331,22 @@ def _problems(outcome: Outcome, planned: Plan, measured: measure.Measured, recip
     ]
     asked = set(recipe.profile.runtimes)
     problems += [f"{spec}: {why}" for spec, why in measured.unavailable.items() if spec in asked]
+    return tuple(problems)
+
+
+def problems_of(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a report could not tell of models that were made: a line each.
+
+    Raises:
+        DeployCNNError: the baseline was not measured; there is nothing to compare with.
+    """
+    problems = []
+    for variant in report["variants"]:
+        if variant["status"] == "not measured":
+            why = f"{variant['name']}: not measured: {variant['why']}"
+            if variant["name"] == report["baseline"]["variant"]:
+                raise DeployCNNError(f"baseline {why}")
+            problems.append(f"variant {why}")
     return tuple(problems)
 
 

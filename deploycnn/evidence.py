@@ -52,7 +52,7 @@ def _winner(figures: Figures, variants: Sequence[Mapping[str, Any]]) -> tuple[di
     """The fastest candidate within the budget by the validation split, or why there is none."""
     budget = figures.inputs.budget
     if budget is None:
-        return None, "the recipe sets no budget"
+        return None, "models are compared without a budget"
     measured = [variant for variant in variants if variant["status"] == "measured"]
     if not any(variant["val_top1_drop"] is not None for variant in measured):
         return None, "accuracy was not measured"

@@ -88,7 +88,9 @@ def describe(step: Step, number: int, total: int) -> str:
 
 
 def _fail(step: Step, error: Exception, message: str, store: Store, outcome: Outcome) -> str:
-    outcome.failures[step.key] = f"{step.name}: {' '.join(message.split())}"
+    # Many a message begins with the name already.
+    text = " ".join(message.split()).removeprefix(f"{step.name}: ")
+    outcome.failures[step.key] = f"{step.name}: {text}"
     return str(store.record_failure(step.folder, error))
 
 

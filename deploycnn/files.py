@@ -6,12 +6,16 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deploycnn.errors import StorageError
+from deploycnn.errors import DeployCNNError, StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,19 +46,43 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Map "no space left" and "permission denied" to :class:`StorageError`, naming ``path``."""
+    """Map "no space left", "file too large" and "permission denied" to :class:`StorageError`, naming ``path``."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except DeployCNNError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        if number in _FULL:
             raise StorageError(
                 f"{path}: no space left on the disk; free some and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number == errno.EFBIG:
+            raise StorageError(
+                f"{path}: larger than files may be here; raise the limit (`ulimit -f`) or choose another place"
+            ) from error
+        if isinstance(error, OSError) and number in _FORBIDDEN:
             raise StorageError(
                 f"{path}: cannot be written ({error.strerror}); choose another place with --out"
             ) from error
         raise
+
+
+def _error_number(error: BaseException) -> int | None:
+    """What the operating system said, also where a library puts its own error around it or words it itself.
+
+    PyTorch's writer fails a second time when it closes a file that it could not write, and safetensors tells
+    the number in its message only.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        told = seen.errno if isinstance(seen, OSError) else None
+        if told is None and (found := re.search(r"\(os error (\d+)\)", str(seen))):
+            told = int(found[1])
+        if told is not None:
+            return told
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def sync_folder(path: Path) -> None:

@@ -6,14 +6,14 @@ described, and a second call finds what the first one measured.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploycnn import api, evidence, measure, store
+from deploycnn import api, evidence, measure, schema, store
 from deploycnn import recipe as recipes
 from deploycnn.core import Artifact
 from deploycnn.errors import ArtifactError, DeployCNNError, PreprocessingError, RecipeError
@@ -38,7 +38,7 @@ def parse_threads(text: str) -> int | Literal["all"]:
     """
     if text == "all":
         return "all"
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise RecipeError(f'--threads {text}: should be a number above 0, or "all"')
     return int(text)
 
@@ -79,10 +79,13 @@ def profile(
     loaded = api.load_recipe(recipe, data=data) if recipe is not None else None
     specs = tuple(runtimes) or (loaded.runtimes if loaded else ("onnxruntime:cpu",))
     measure.require_reference(specs)
-    settings = Profile(
-        runtimes=specs, batch_sizes=tuple(batch_sizes), threads=tuple(threads), budget_s=budget_s
-    )
+    asked = {"runtimes": specs, "batch_sizes": batch_sizes, "threads": threads, "budget_s": budget_s}
+    settings = schema.build(Profile, schema.to_json(asked), "profile")
+    for model in models:
+        _require_usable(Path(model), loaded)
     folder = Path(out) if out is not None else _fresh_folder()
+    if (folder / "recipe.yaml").exists():
+        raise ArtifactError(f"{folder}: holds the run of a recipe, whose report stays; choose another --out")
     with Store.open(folder) as opened:
         found: list[evidence.Entry] = []
         for model in models:
@@ -104,9 +107,26 @@ def profile(
                 data=images,
             )
         )
+        unmeasured = api.problems_of(report)
         api.write_report(opened, report)
-    asked = [f"{spec}: {why}" for spec, why in measured.unavailable.items()]
-    return api.Run(path=folder, report=report, problems=tuple(asked))
+    problems = [f"{spec}: {why}" for spec, why in measured.unavailable.items()]
+    return api.Run(path=folder, report=report, problems=(*problems, *unmeasured))
+
+
+def _require_usable(path: Path, recipe: Recipe | None) -> None:
+    """Check, before anything is written, that ``path`` is something that can be measured.
+
+    Raises:
+        ArtifactError: it is missing, or another kind of folder.
+        RecipeError: it is a checkpoint and nothing says of which architecture.
+    """
+    if path.is_dir() and ((path / "run.json").exists() or (path / "manifest.json").exists()):
+        return
+    if not path.is_file():
+        kind = "a folder, but no run directory" if path.is_dir() else "missing"
+        raise ArtifactError(f"{path}: {kind}; name an .onnx file, a checkpoint or a run directory")
+    if path.suffix in CHECKPOINTS and recipe is None and not (path.parent / "manifest.json").exists():
+        raise RecipeError(f"{path}: a checkpoint holds weights only; name the architecture with --recipe")
 
 
 def _fresh_folder() -> Path:
@@ -133,30 +153,25 @@ class _Bringer:
             return list(_of_run(path))
         if path.is_dir() and (path / "manifest.json").exists():
             return [_of_artifact(path, path.name)]
-        if not path.is_file():
-            kind = "a folder, but no run directory" if path.is_dir() else "missing"
-            raise ArtifactError(f"{path}: {kind}; name an .onnx file, a checkpoint or a run directory")
         if path.suffix in CHECKPOINTS and (path.parent / "manifest.json").exists():
             return [_of_artifact(path.parent, path.parent.name)]
-        if path.suffix in CHECKPOINTS:
-            return self.checkpoint(path)
+        if path.suffix in CHECKPOINTS and self.recipe is not None:
+            return self.checkpoint(path, self.recipe)
         return [
             self.make(
                 {"source": {"onnx": str(path.absolute())}, "variants": {_name(path): []}}, None, _name(path)
             )
         ]
 
-    def checkpoint(self, path: Path) -> list[evidence.Entry]:
+    def checkpoint(self, path: Path, recipe: Recipe) -> list[evidence.Entry]:
         """A checkpoint as the recipe's architecture: exported, and as it is where PyTorch is asked for."""
-        if self.recipe is None:
-            raise RecipeError(f"{path}: a checkpoint holds weights only; name the architecture with --recipe")
         name = _name(path)
         chains: dict[str, list[str]] = {name: ["export"]}
         if any(spec.partition(":")[0] == "pytorch" for spec in self.runtimes):
             chains[f"{name}-torch"] = []
         raw = {
             key: value
-            for key, value in self.recipe.raw.items()
+            for key, value in recipe.raw.items()
             if key in ("source", "data", "preprocessing", "seed")
         }
         raw |= {"variants": chains, "profile": {"runtimes": list(self.runtimes)}}
@@ -189,8 +204,6 @@ def _of_run(folder: Path) -> Iterator[evidence.Entry]:
 
 def _variant_order(folder: Path) -> dict[str, int]:
     """Variants in the order of the run's recipe, baseline first."""
-    from deploycnn import schema
-
     try:
         raw = schema.load_yaml(
             (folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml")
@@ -220,8 +233,9 @@ def _chain(folder: Path, artifact: Artifact) -> list[dict[str, Any]]:
     """Manifests from the source to this artifact, as far as they lie beside it."""
     known = {}
     for path in folder.parent.glob("*/manifest.json"):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known[manifest["key"]] = manifest
+        with contextlib.suppress(ArtifactError):  # A damaged neighbour is no part of this chain.
+            manifest = store.read_manifest(path.parent)
+            known[manifest["key"]] = manifest
     chain, key = [], artifact.key
     while key in known:
         chain.append(known[key])

@@ -48,7 +48,7 @@ class Profile:
         tuple[Annotated[int, Ge(1)] | Literal["all"], ...], MinLen(1), "CPU threads; the first decides."
     ] = (1, "all")
     budget_s: Annotated[
-        float, Gt(0), "Seconds of timing for each model, runtime, batch size and thread count."
+        float, Gt(0), Le(86_400), "Seconds of timing for each model, runtime, batch size and thread count."
     ] = 6.0
     rounds: Annotated[
         int, Ge(6), "How often sessions are opened anew, at most; more make intervals narrower."

@@ -158,7 +158,7 @@ class Store:
 
     def manifest(self, step: Step) -> dict[str, Any]:
         """The manifest of an artifact that has been made."""
-        return _read_manifest(self.folder(step))
+        return read_manifest(self.folder(step))
 
     # -- the rest of the run ---------------------------------------------------------------------
 
@@ -233,7 +233,16 @@ def load_artifact(folder: Path) -> Artifact:
     Raises:
         ArtifactError: the manifest is missing, of another schema version, or a file does not match it.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
+    try:
+        return _checked(folder, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder / 'manifest.json'}: damaged: {type(error).__name__} {error}; delete the folder"
+        ) from error
+
+
+def _checked(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -253,14 +262,21 @@ def load_artifact(folder: Path) -> Artifact:
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``folder/manifest.json`` says.
+
+    Raises:
+        ArtifactError: it is missing, damaged or of another schema version.
+    """
     path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; this is not an artifact folder") from error
     except ValueError as error:
-        raise ArtifactError(f"{path}: damaged: {error}") from error
+        raise ArtifactError(f"{path}: damaged: {error}; delete the folder") from error
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{path}: damaged: holds no mapping; delete the folder")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
             f"{path}: schema version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}"

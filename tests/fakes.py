@@ -86,7 +86,7 @@ class Fail(Pass):
         (ctx.output / "half.bin").write_text("half")
         if self.ours:
             raise ZeroDivisionError("a bug")
-        raise PassRequirementError("does not fit")
+        raise PassRequirementError("fail: does not fit")
 
 
 @dataclass(frozen=True, kw_only=True)

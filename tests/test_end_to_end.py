@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 import deploycnn
 from deploycnn import api, store
 from deploycnn.cli import main
-from deploycnn.errors import DeployCNNError, RecipeError
+from deploycnn.errors import ArtifactError, DataError, DeployCNNError, RecipeError
+from deploycnn.profile_models import parse_threads
 from deploycnn.report.schema import validate
 
 RECIPE: dict[str, Any] = {
@@ -272,3 +274,95 @@ def test_a_run_of_another_schema_is_left_alone(run: api.Run, tmp_path: Path) -> 
 def test_an_unknown_variant_is_named(run: api.Run) -> None:
     with pytest.raises(RecipeError, match='no variant "fp33"; did you mean "fp32"'):
         deploycnn.export(run.path / "recipe.yaml", variants=["fp33"], out=run.path)
+
+
+def test_models_that_could_not_be_measured_are_problems(run: api.Run, tmp_path: Path) -> None:
+    model, torch = run.path / "variants/fp32/model.onnx", run.path / "variants/torch"
+    options: dict[str, Any] = {"runtimes": ["onnxruntime"], "threads": (1,), "budget_s": 0.1}
+    done = deploycnn.profile(model, torch, **options, out=tmp_path / "second")
+    (problem,) = done.problems
+    assert problem.endswith("not measured: none of the runtimes opens it")
+    with pytest.raises(DeployCNNError, match="baseline .*: not measured: none of the runtimes opens it"):
+        deploycnn.profile(torch, model, **options, out=tmp_path / "first")
+    assert not (tmp_path / "first/report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "expected"),
+    [
+        (["missing.onnx"], {}, "missing.onnx: missing"),
+        (["w.pt"], {}, "w.pt: a checkpoint holds weights only"),
+        (["w.onnx"], {"budget_s": 0.0}, "profile.budget_s: should be greater than 0, got 0.0"),
+        (
+            ["w.onnx"],
+            {"budget_s": float("nan")},
+            "profile.budget_s: should be less than or equal to 86400, got NaN",
+        ),
+        (["w.onnx"], {"budget_s": float("inf")}, "profile.budget_s: should be less than or equal to 86400"),
+        (["w.onnx"], {"batch_sizes": (0,)}, "profile.batch_sizes.0: should be greater than or equal to 1"),
+        (["w.onnx"], {"threads": ("al",)}, "profile.threads.0: should be a valid integer or 'all'"),
+    ],
+)
+def test_profile_refuses_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: list[str], options: Any, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("w.pt", "w.onnx"):
+        Path(name).write_bytes(b"")
+    with pytest.raises(DeployCNNError) as caught:
+        deploycnn.profile(*models, **options)
+    assert expected in str(caught.value)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "x", "\u00b2", ""])
+def test_threads_are_a_number_or_all(threads: str) -> None:
+    with pytest.raises(RecipeError, match="should be a number above 0"):
+        parse_threads(threads)
+
+
+def test_profile_leaves_the_report_of_a_recipe_alone(run: api.Run) -> None:
+    before = (run.path / "report.json").read_bytes()
+    with pytest.raises(ArtifactError, match="choose another --out"):
+        deploycnn.profile(run.path / "variants/fp32", out=run.path)
+    assert (run.path / "report.json").read_bytes() == before
+
+
+def test_profile_ignores_damaged_neighbours(run: api.Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path / "artifacts", tmp_path / "artifacts")
+    exported = next((tmp_path / "artifacts").glob("int8-*"))
+    (tmp_path / "artifacts/other").mkdir()
+    (tmp_path / "artifacts/other/manifest.json").write_text("{")
+    done = deploycnn.profile(exported, threads=(1,), budget_s=0.1, out=tmp_path / "out")
+    assert done.report["variants"][0]["passes"] == ["train", "export", "int8"]
+
+
+def test_unusable_images_leave_an_earlier_run_as_it_was(run: api.Run, tmp_path: Path) -> None:
+    before = (run.path / "recipe.yaml").read_bytes()
+    (tmp_path / "images/only").mkdir(parents=True)
+    with pytest.raises(DataError):
+        deploycnn.compress(RECIPE, data=tmp_path / "images", out=run.path)
+    with pytest.raises(DataError):
+        deploycnn.export(RECIPE, data=tmp_path / "images", out=tmp_path / "new")
+    assert (run.path / "recipe.yaml").read_bytes() == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["compres"], "No such command 'compres'"),
+        (
+            ["profile", "a.onnx", "--batch-size", "0"],
+            "Invalid value for '--batch-size': 0 is not in the range",
+        ),
+        (["profile"], "Missing argument 'MODELS...'"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {expected}")
+    assert "--help` tells what it takes" in line

@@ -86,6 +86,15 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
         load_artifact(folder)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 1}', '{"schema_version": 1, "files": []}'])
+def test_a_damaged_manifest_is_named_and_made_again(tmp_path: Path, content: str) -> None:
+    with Store.open(tmp_path / "run") as store:
+        folder = commit(store).parent
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(ArtifactError, match=r"manifest\.json: damaged.*; delete the folder"):
+            store.load(STEP)
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with Store.open(tmp_path / "run"):
         with pytest.raises(ArtifactError, match="another process"), Store.open(tmp_path / "run"):

@@ -51,8 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _interrupted()
     except KeyboardInterrupt:
         return _interrupted()
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f"; `{context.command_path} --help` tells what it takes" if context else ""
+        click.echo(f"error: {' '.join(error.format_message().split()).removesuffix('.')}{hint}", err=True)
         return error.exit_code
     except DeployCNNError as error:
         click.echo(f"error: {error}", err=True)

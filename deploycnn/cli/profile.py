@@ -57,7 +57,7 @@ def command(
             runtimes=runtimes,
             batch_sizes=batch_sizes or (1,),
             threads=tuple(profiles.parse_threads(text) for text in threads) or (1, "all"),
-            budget_s=budget_s or 6.0,
+            budget_s=6.0 if budget_s is None else budget_s,
             out=out,
             events=console,
         )
