@@ -6,6 +6,7 @@ writes deploy bundles; ``profile`` measures files and runs that exist. Each resu
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -358,11 +359,14 @@ def write_report(store: Store, report: Mapping[str, Any]) -> None:
 
 
 def _write_winner(store: Store, report: Mapping[str, Any], subjects: Sequence[measure.Subject]) -> None:
+    """Write ``best/``, or remove that of an earlier recipe: it must not contradict the report beside it."""
     winner = report["winner"]
     if winner is None:
+        _remove_best(store)
         return
     artifact: Artifact = next(subject.artifact for subject in subjects if subject.name == winner["variant"])
     if artifact.format != "onnx":
+        _remove_best(store)
         return
     entry = next(variant for variant in report["variants"] if variant["name"] == winner["variant"])
     kept = (
@@ -381,6 +385,12 @@ def _write_winner(store: Store, report: Mapping[str, Any], subjects: Sequence[me
         runtime=winner["runtime"],
         evidence={name: entry[name] for name in kept},
     )
+
+
+def _remove_best(store: Store) -> None:
+    with files.storage_errors(store.root / "best"):
+        if (store.root / "best").exists():
+            shutil.rmtree(store.root / "best")
 
 
 __all__ = [

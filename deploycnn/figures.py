@@ -257,6 +257,11 @@ class Figures:
         base_test = self.measured.predictions.get((self.inputs.baseline, self.reference_runtime, "test"))
         base_val = self.measured.predictions.get((self.inputs.baseline, self.reference_runtime, "val"))
         val = self.measured.predictions.get((entry.name, runtime or "", "val"))
+        if (entry.name, runtime) == (self.inputs.baseline, self.reference_runtime):
+            # The baseline against itself: no estimate, so no interval that could reach beyond the budget.
+            within = None if self.inputs.budget is None else True
+            return {**result, "top1_drop": 0.0, "top1_drop_interval": [0.0, 0.0], "val_top1_drop": 0.0,
+                    "val_top1_drop_interval": [0.0, 0.0], "within_budget": within}  # fmt: skip
         if base_test is not None:
             paired = accuracy.compare(base_test, test)
             result |= {

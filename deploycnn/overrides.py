@@ -84,7 +84,7 @@ def _expand(raw: dict[str, Any], walked: Sequence[str], node: Any) -> Any:
 
 
 def _index(node: list[Any], part: str, setting: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise RecipeError(f'--set {setting}: "{part}" should be an index from 0 to {len(node) - 1}')
     return int(part)
 

@@ -142,6 +142,7 @@ def load(
         raise RecipeError(
             f"{path}: a recipe is a mapping with the keys {', '.join(REQUIRED)}; got {type(raw).__name__}"
         )
+    _require_weights_option(raw.get("source"), weights)
     edits.apply(raw, overrides, data=data, weights=weights)
     return parse(raw, base=path.absolute().parent, default_name=path.stem, where=str(path))
 
@@ -159,6 +160,7 @@ def load_values(
         RecipeError: it is wrong.
     """
     raw = copy.deepcopy(dict(values))
+    _require_weights_option(raw.get("source"), weights)
     edits.apply(raw, overrides, data=data, weights=weights)
     return parse(raw, base=Path.cwd())
 
@@ -300,6 +302,21 @@ def _variants(raw: object, base: Path, where: str) -> tuple[Variant, ...]:
             passes.append((kind, schema.resolve_paths(schema.build(cls, options, here), base, here)))
         variants.append(Variant(name=name, passes=tuple(passes)))
     return tuple(variants)
+
+
+def _require_weights_option(source: object, weights: Path | str | None) -> None:
+    """Refuse ``--weights`` where the source takes none, instead of naming a key that nobody wrote."""
+    if weights is None or not isinstance(source, Mapping):
+        return
+    kind = next((str(key) for key in source if key in registry.names("source")), None)
+    if kind is None or kind == "checkpoint":
+        return
+    options = schema.field_names(registry.get("source", kind))
+    if "weights" not in options:
+        raise RecipeError(
+            f"--weights {weights}: a source of kind {kind} takes no weights (its options: {', '.join(options)})"
+            "; change the source instead"
+        )
 
 
 def _target(raw: object, where: str) -> targets.Target:

@@ -366,3 +366,12 @@ def test_usage_errors_are_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {expected}")
     assert "--help` tells what it takes" in line
+
+
+def test_a_bundle_of_an_earlier_winner_goes_where_nothing_wins(run: api.Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run", symlinks=True)
+    (tmp_path / "run/best").mkdir(exist_ok=True)
+    (tmp_path / "run/best/deploy.json").write_text("{}")
+    again = {**RECIPE, "profile": {**RECIPE["profile"], "accuracy": False}}
+    assert deploycnn.compress(again, out=tmp_path / "run").winner is None
+    assert not (tmp_path / "run/best").exists()

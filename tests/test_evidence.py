@@ -133,3 +133,12 @@ def test_without_budget_or_accuracy_there_is_no_winner_and_it_says_why() -> None
     assert report(latencies, {"fp32": (5, 5), "a": (5, 5)}, budget=None)["winner"] is None
     without = report(latencies, {})
     assert (without["winner"], without["why_no_winner"]) == (None, "accuracy was not measured")
+
+
+def test_the_baseline_is_within_any_budget_of_itself() -> None:
+    found = report(
+        {("fp32", ORT): 10, ("a", ORT): 5}, {"fp32": (50, 50), "a": (50, 50)}, Budget(max_top1_drop=0)
+    )
+    fp32, a = found["variants"]
+    assert (fp32["within_budget"], fp32["top1_drop"], fp32["top1_drop_interval"]) == (True, 0, [0, 0])
+    assert a["within_budget"] == "unproven"

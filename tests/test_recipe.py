@@ -108,6 +108,7 @@ def test_settings_reach_into_lists_and_bare_names(tmp_path: Path) -> None:
         ("seed", "expected key=value"),
         ("variants.b.0.tune.amount=1", "variants.b: no such key"),
         ("variants.a.9.tune.amount=1", '"9" should be an index from 0 to 1'),
+        ("variants.a.\u00b2.tune.amount=1", '"\u00b2" should be an index from 0 to 1'),
         ("seeds=1", 'seeds: unknown key; did you mean "seed"?'),
     ],
 )

@@ -104,7 +104,7 @@ def render(table: ModelTable, width: int) -> list[str]:
         titles, numeric, rows = _without(titles, 2), _without(numeric, 2), [_without(row, 2) for row in rows]
     room = max(12, width - (_width(titles, rows) - _column(titles, rows, 0)))
     rows = [[_tail(row[0], room), *row[1:]] for row in rows]
-    size = "x".join(str(value) for value in table.input_shape)
+    size = "x".join(str(value) for value in table.input_shape) or "(size not stated, see --input-size)"
     macs = f"{words.scaled(table.macs)} MACs" if table.macs is not None else "MACs unknown"
     memory = (
         f"activations {words.scaled(table.activation_bytes, 'B')}, "

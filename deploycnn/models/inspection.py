@@ -86,10 +86,17 @@ def inspect_model(
         from deploycnn.models.inspect_onnx import inspect_onnx
 
         return inspect_onnx(path, input_shape, name or path.name)
+    if path.is_dir() and (path / "model.onnx").is_file():
+        return inspect_model(path / "model.onnx", input_shape, name=name or path.name)
+    if path.is_dir() and (path / "variants").is_dir():
+        made = ", ".join(str(item) for item in sorted((path / "variants").iterdir()))
+        raise SourceError(f"{path}: a run directory; name one of its variants: {made or 'it has none yet'}")
     if path.is_dir() or path.suffix == ".safetensors":
         from deploycnn.models.artifact import load_model
 
         return inspect_model(load_model(path), input_shape or _stored_shape(path), name=name or path.name)
+    if not path.exists():
+        raise SourceError(f"{path}: no such file; name an .onnx file, an artifact's folder, or source:name")
     raise SourceError(
         f"{path}: inspect takes .onnx files and torch artifacts; for a checkpoint, use a recipe that loads it"
     )

@@ -1,3 +1,4 @@
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -133,3 +134,13 @@ def test_a_real_third_party_file():
     assert len(convs) == 42
     assert all(row.receptive_field is not None for row in convs)
     assert sum(row.params for row in table.rows) == table.params
+
+
+def test_folders_and_missing_files(tmp_path):
+    (tmp_path / "run/variants/int8").mkdir(parents=True)
+    with pytest.raises(SourceError, match=r"a run directory; name one of its variants: .*variants/int8"):
+        inspect_model(tmp_path / "run")
+    onnx.save(onnx_graphs.fp32(), tmp_path / "run/variants/int8/model.onnx")
+    assert inspect_model(tmp_path / "run/variants/int8").name == "int8"
+    with pytest.raises(SourceError, match="nothing: no such file"):
+        inspect_model(tmp_path / "nothing")
