@@ -73,6 +73,8 @@ def test_a_bound_call_outlives_the_array_it_was_given(spec: str, tmp_path: Path)
     del read_only
     for _ in range(3):
         call()
+    images = graphs.images(1)
+    np.testing.assert_allclose(session.run(images)[0], graphs.reference(images), rtol=1e-4, atol=1e-5)
     session.close()
 
 
