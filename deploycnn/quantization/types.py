@@ -1,0 +1,144 @@
+"""What a quantized graph is, before it is built: plain data shared by placement, ranges, recovery and insertion.
+
+A quantizer goes ``place`` (rule pack -> ``Plan``), ``calibrate`` (``Plan`` -> a range for each value), recovery
+(other weights, other ranges) and ``build`` (``Plan`` + ranges -> a Q/DQ ``ModelProto``). Everything that one step
+leaves for the next is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Dtype = Literal["uint8", "int8", "int4", "uint4"]
+
+#: (low, high) of a value in real units; low <= 0 <= high.
+Range = tuple[float, float]
+Ranges = Mapping[str, Range]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberFormat:
+    """How real numbers become integers: ``q = clip(round(x / scale) + zero_point, qmin, qmax)``.
+
+    Attributes:
+        dtype: Storage type.
+        symmetric: The zero point is the middle of the range (0 for signed types); otherwise it is free.
+        reduced: One bit fewer is used, for CPUs whose 8-bit multiply-add saturates.
+    """
+
+    dtype: Dtype = "uint8"
+    symmetric: bool = False
+    reduced: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits in use."""
+        return (4 if self.dtype.endswith("4") else 8) - self.reduced
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer; symmetric signed formats leave out the most negative one."""
+        if self.dtype.startswith("u"):
+            return 0
+        return -(1 << (self.bits - 1)) + self.symmetric
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer."""
+        return (1 << self.bits if self.dtype.startswith("u") else 1 << (self.bits - 1)) - 1
+
+    def scale_and_zero_point(self, bounds: Range) -> tuple[np.float32, int]:
+        """Scale and zero point of a range; the range is widened to hold zero, which is exact."""
+        low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
+        if self.symmetric:
+            peak = max(-low, high)
+            middle = (self.qmax + self.qmin + 1) // 2 if self.dtype.startswith("u") else 0
+            scale = np.float32(peak / (self.qmax - middle)) if peak > 0 else np.float32(1.0)
+            return _positive(scale), middle
+        scale = _positive(
+            np.float32((high - low) / (self.qmax - self.qmin)) if high > low else np.float32(1.0)
+        )
+        zero_point = int(np.clip(np.rint(self.qmin - low / float(scale)), self.qmin, self.qmax))
+        return scale, zero_point
+
+
+def _positive(scale: np.float32) -> np.float32:
+    """A scale that float32 divides by without overflow."""
+    return np.float32(max(scale, np.finfo(np.float32).tiny))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationPlan:
+    """One value that is rounded to integers on its way to some or all of its readers.
+
+    Attributes:
+        value: Name of the float value in the graph.
+        readers: Names of the nodes that read it through Q/DQ; ``None`` for all of them.
+        tied: Values with the same group share one scale and zero point; ``None`` for a scale of its own.
+        fixed: A range that follows from the operator (a sigmoid's), not from calibration.
+    """
+
+    value: str
+    readers: frozenset[str] | None = None
+    tied: str | None = None
+    fixed: Range | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlan:
+    """A constant that is stored as integers.
+
+    Attributes:
+        initializer: Its name.
+        node: Name of the node that reads it.
+        axis: Output-channel axis that each have a scale; ``None`` for one scale in all.
+        number: Its number format.
+    """
+
+    initializer: str
+    node: str
+    axis: int | None
+    number: NumberFormat = field(default=NumberFormat(dtype="int8", symmetric=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which values and constants of a graph are integers, for one target.
+
+    Attributes:
+        target: Name of the rule pack that it was made by.
+        activation: Number format of activations.
+        activations: In graph order, each value at most once.
+        weights: In graph order.
+        integer_bias: Whether biases become int32 (scale: input scale x weight scale), as CPU kernels want it.
+        quantized_nodes: Names of the nodes that compute between DQ and Q, in graph order.
+        kept_float: Convolutions and matrix products left in float -> why.
+    """
+
+    target: str
+    activation: NumberFormat
+    activations: tuple[ActivationPlan, ...]
+    weights: tuple[WeightPlan, ...]
+    integer_bias: bool
+    quantized_nodes: tuple[str, ...]
+    kept_float: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerWeight:
+    """A constant as integers: ``real = integers * scale`` along ``axis``.
+
+    Attributes:
+        integers: In the shape of the constant; int8 also for 4-bit numbers.
+        scale: Shape () or (channels,), float32.
+        axis: As in ``WeightPlan``.
+    """
+
+    integers: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+    axis: int | None
