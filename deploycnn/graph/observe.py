@@ -84,7 +84,7 @@ def observe(
     """
     name, shape = image_input(model)
     wanted = [value for value in dict.fromkeys(values) if value != name]
-    run = evaluator(_exposing(model, wanted), threads=threads, outputs=wanted)
+    run = evaluator(exposing(model, wanted), threads=threads, outputs=wanted)
     batch_size, fixed = _batch_size(model, wanted, shape[0])
     done = 0
     for batch, count in _regroup(images, batch_size, pad=fixed):
@@ -100,7 +100,7 @@ def observe(
     return done
 
 
-def _exposing(model: ModelProto, values: Sequence[str]) -> ModelProto:
+def exposing(model: ModelProto, values: Sequence[str]) -> ModelProto:
     """``model`` with ``values`` as graph outputs."""
     exposed = ModelProto()
     exposed.CopyFrom(model)

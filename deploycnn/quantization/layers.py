@@ -1,0 +1,172 @@
+"""The per-layer table: what became of every convolution and matrix product, and how much each one hurts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from deploycnn.core import Json
+from deploycnn.graph.model import consumers, producers
+from deploycnn.graph.observe import exposing, image_input
+from deploycnn.graph.parity import evaluator
+from deploycnn.quantization.judge import decibels
+from deploycnn.quantization.placement import COMPUTE
+from deploycnn.quantization.types import Ranges
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+#: Both graphs' values of so many images are held at once, where the model leaves the choice.
+_IMAGES_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One convolution or matrix product.
+
+    Attributes:
+        node: Its name.
+        op: Its operator.
+        precision: "int8" or "float".
+        why: Why it is float; empty where it is not.
+        range: Calibrated range of the value that leaves it for other layers (behind its activation).
+        sqnr_db: Signal-to-quantization-noise ratio of that value, everything before it quantized too.
+        fused: Whether the runtime made one integer kernel of it; ``None`` where that is not known.
+        macs: Multiply-accumulates for one image.
+        int8_ms: Time in the quantized graph, on the target; ``None`` where it was not measured.
+        float_ms: Time in the float graph.
+    """
+
+    node: str
+    op: str
+    precision: str
+    why: str
+    range: tuple[float, float] | None
+    sqnr_db: float | None
+    fused: bool | None
+    macs: int
+    int8_ms: float | None
+    float_ms: float | None
+
+    def to_json(self) -> Json:
+        """A row of the record."""
+        return asdict(self)
+
+
+def layer_table(
+    model: ModelProto,
+    *,
+    kept_float: Mapping[str, str],
+    ranges: Ranges,
+    sqnr_db: Mapping[str, float],
+    fused: Mapping[str, bool],
+    macs: Mapping[str, int],
+    int8_ms: Mapping[str, float],
+    float_ms: Mapping[str, float],
+) -> tuple[Layer, ...]:
+    """Rows in graph order.
+
+    Args:
+        model: The float graph, nodes named.
+        kept_float: Layers that stayed float -> why.
+        ranges: By value.
+        sqnr_db: By value, see ``value_sqnr``.
+        fused: By layer.
+        macs: By layer.
+        int8_ms: By layer, in the quantized graph.
+        float_ms: By layer, in the float graph.
+    """
+    rows = []
+    read_by = consumers(model.graph)
+    for node in model.graph.node:
+        if node.op_type not in COMPUTE:
+            continue
+        values = leaving(node, read_by)[::-1]
+        value = next((name for name in values if name in ranges), None)
+        rows.append(
+            Layer(
+                node=node.name,
+                op=node.op_type,
+                precision="float" if node.name in kept_float else "int8",
+                why=kept_float.get(node.name, ""),
+                range=ranges[value] if value is not None else None,
+                sqnr_db=next((sqnr_db[name] for name in values if name in sqnr_db), None),
+                fused=fused.get(node.name),
+                macs=macs.get(node.name, 0),
+                int8_ms=int8_ms.get(node.name),
+                float_ms=float_ms.get(node.name),
+            )
+        )
+    return tuple(rows)
+
+
+def leaving(node: NodeProto, read_by: Mapping[str, Sequence[NodeProto]]) -> list[str]:
+    """The values by which a layer's result leaves it: its output, and that of an activation that follows alone.
+
+    Args:
+        node: The layer.
+        read_by: ``graph.model.consumers`` of its graph.
+    """
+    found = [node.output[0]]
+    while True:
+        readers = read_by.get(found[-1], [])
+        if len(readers) != 1 or readers[0].op_type not in {"Relu", "Clip"}:
+            return found
+        found.append(readers[0].output[0])
+
+
+def value_sqnr(
+    model: ModelProto,
+    quantized: ModelProto,
+    values: Collection[str],
+    images: Iterable[npt.NDArray[np.float32]],
+    *,
+    threads: int = 1,
+) -> dict[str, float]:
+    """Signal-to-quantization-noise ratio of values of the float graph, in decibels.
+
+    A value is taken behind its own rounding where the quantized graph rounds it. Values that the quantized
+    graph no longer has are left out.
+
+    Args:
+        model: The float graph.
+        quantized: The Q/DQ graph made from it.
+        values: Names of float values.
+        images: A few batches; both graphs see them. Where the batch size is fixed, the last may be cut.
+        threads: CPU threads.
+    """
+    held = {name: other for name in values if (other := _rounded(quantized, name)) is not None}
+    if not held:
+        return {}
+    names, others = list(held), [held[name] for name in held]
+    reference = evaluator(exposing(model, names), threads=threads, outputs=names)
+    candidate = evaluator(exposing(quantized, others), threads=threads, outputs=others)
+    fixed = image_input(model)[1][0]
+    size = fixed or _IMAGES_AT_ONCE
+    powers = np.zeros((len(names), 2))
+    for batch in images:
+        for start in range(0, len(batch) - (len(batch) % size if fixed else 0), size):
+            piece = batch[start : start + size]
+            for row, (right, found) in enumerate(zip(reference(piece), candidate(piece), strict=True)):
+                powers[row, 0] += np.square(right, dtype=np.float64).sum()
+                powers[row, 1] += np.square(right.astype(np.float64) - found).sum()
+    return {name: decibels(float(row[0]), float(row[1])) for name, row in zip(names, powers, strict=True)}
+
+
+def _rounded(quantized: ModelProto, value: str) -> str | None:
+    """Where the quantized graph holds ``value``: behind the DequantizeLinear of its own Q/DQ, or as it is."""
+    made_by = producers(quantized.graph)
+    inputs = {item.name for item in quantized.graph.input}
+    if value not in made_by and value not in inputs:
+        return None
+    read_by = consumers(quantized.graph)
+    for reader in read_by.get(value, []):
+        if reader.op_type == "QuantizeLinear":
+            for second in read_by.get(reader.output[0], []):
+                if second.op_type == "DequantizeLinear":
+                    return str(second.output[0])
+    return value

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto, numpy_helper
+
+from deploycnn.errors import PassRequirementError
+from deploycnn.graph.export import export_onnx
+from deploycnn.quantization import judge as judging
+from deploycnn.quantization.judge import EXACT_DB, Judge, Judgement, decibels
+from tests.graph.nets import Residual, images, randomized
+
+SHAPE = (3, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelProto:
+    return export_onnx(randomized(Residual()), SHAPE, opset=18, classes=None)
+
+
+def batches(count: int = 3, size: int = 5):
+    rng = np.random.default_rng(7)
+    held = [
+        (images(size, SHAPE, seed=index), rng.integers(0, 5, size).astype(np.int64)) for index in range(count)
+    ]
+    return lambda: iter(held)
+
+
+def disturbed(model: ModelProto, by: float) -> ModelProto:
+    other = ModelProto()
+    other.CopyFrom(model)
+    for tensor in other.graph.initializer:
+        if len(tensor.dims) == 4:
+            weights = numpy_helper.to_array(tensor)
+            noise = np.random.default_rng(3).standard_normal(weights.shape).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(weights + by * noise, tensor.name))
+    return other
+
+
+def test_a_twin_is_judged_exact(model: ModelProto) -> None:
+    found = Judge(model, batches())(model)
+    assert found == Judgement(top1_drop=0.0, agreement=1.0, sqnr_db=EXACT_DB, images=15)
+
+
+def test_figures_are_those_of_numpy(model: ModelProto) -> None:
+    from deploycnn.graph.parity import evaluator
+
+    other = disturbed(model, 0.2)
+    expected, found, labels = [], [], []
+    for image, label in batches()():
+        expected.append(evaluator(model)(image)[0].astype(np.float64))
+        found.append(evaluator(other)(image)[0].astype(np.float64))
+        labels.append(label)
+    right, got, truth = np.concatenate(expected), np.concatenate(found), np.concatenate(labels)
+    judged = Judge(model, batches())(other)
+    assert judged.sqnr_db == pytest.approx(10 * np.log10((right**2).sum() / ((right - got) ** 2).sum()))
+    assert judged.agreement == (right.argmax(1) == got.argmax(1)).mean()
+    drop = (right.argmax(1) == truth).mean() - (got.argmax(1) == truth).mean()
+    assert judged.top1_drop == pytest.approx(drop)
+    assert judged.noise == pytest.approx(((right - got) ** 2).sum() / (right**2).sum())
+    assert Judge(model, batches())(disturbed(model, 0.02)).sqnr_db > judged.sqnr_db
+
+
+def test_a_fixed_batch_is_filled_and_the_filling_not_counted(model: ModelProto) -> None:
+    fixed = ModelProto()
+    fixed.CopyFrom(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    del fixed.graph.value_info[:]
+    other = disturbed(model, 0.2)
+    free = Judge(model, batches())(other)
+    for value in (*other.graph.input, *other.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    del other.graph.value_info[:]
+    bound = Judge(fixed, batches())(other)
+    assert bound.images == 15
+    assert bound.sqnr_db == pytest.approx(free.sqnr_db, abs=1e-3)
+    assert (bound.top1_drop, bound.agreement) == (free.top1_drop, free.agreement)
+
+
+def test_images_beyond_the_limit_are_made_again(model: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    make = batches()
+
+    def counted():
+        calls.append(1)
+        return make()
+
+    held = Judge(model, counted)
+    held(model)
+    assert len(calls) == 1
+    monkeypatch.setattr(judging, "HELD_BYTES", 3000)
+    calls.clear()
+    streamed = Judge(model, counted)
+    assert streamed(disturbed(model, 0.1)) == held(disturbed(model, 0.1))
+    assert len(calls) == 2
+
+
+def test_no_images_is_refused(model: ModelProto) -> None:
+    with pytest.raises(PassRequirementError, match="no validation images"):
+        Judge(model, lambda: iter([]))
+
+
+def test_a_model_that_is_no_classifier_has_no_top1(model: ModelProto) -> None:
+    other = ModelProto()
+    other.CopyFrom(model)
+    pooled = next(node for node in other.graph.node if node.op_type == "GlobalAveragePool")
+    del other.graph.output[:]
+    from onnx import TensorProto, helper
+
+    other.graph.output.append(helper.make_tensor_value_info(pooled.output[0], TensorProto.FLOAT, None))
+    found = Judge(other, batches())(other)
+    assert found.top1_drop is None
+    assert found.agreement is None
+    assert not found.within(1.0)
+
+
+def test_decibels() -> None:
+    assert decibels(100.0, 1.0) == pytest.approx(20.0)
+    assert decibels(1.0, 0.0) == EXACT_DB
+    assert decibels(0.0, 1.0) == -EXACT_DB
