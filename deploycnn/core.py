@@ -51,7 +51,8 @@ class Facts:
         preprocessing: ``Preprocessing.to_json()`` of the images that the model was made for.
         classes: Class names in output order; empty where unknown.
         precision: "fp32", "fp16", "int8", ...: of the weights and activations as stored in the graph.
-        record: What the pass that made it wants to be known: parity, pruned widths, calibration, history.
+        record: What the pass that made it wants to be known: parity, pruned widths, calibration, history. The
+            keys "tables" (``Table``) and "histograms" (``Histogram``) are drawn by the report.
     """
 
     params: int | None = None
@@ -61,6 +62,57 @@ class Facts:
     classes: tuple[str, ...] = ()
     precision: str = "fp32"
     record: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows that a pass wants shown in the report: ``Facts.record["tables"]`` is a list of them.
+
+    Attributes:
+        title: What it shows.
+        columns: Titles, with their units.
+        rows: A cell per column: text, a number, a truth value, or ``None`` where there is nothing to say.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | bool | None, ...], ...]
+
+    def to_json(self) -> Json:
+        """The form in which it stands in a record."""
+        return {"title": self.title, "columns": list(self.columns), "rows": [list(row) for row in self.rows]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """A distribution that a pass wants shown in the report: ``Facts.record["histograms"]`` is a list of them.
+
+    Attributes:
+        title: Of what.
+        start: Left edge of the first bin.
+        stop: Right edge of the last; bins are equally wide.
+        counts: By bin.
+        low: Left end of a range to mark, such as the one that is quantized.
+        high: Its right end.
+    """
+
+    title: str
+    start: float
+    stop: float
+    counts: tuple[int, ...]
+    low: float
+    high: float
+
+    def to_json(self) -> Json:
+        """The form in which it stands in a record."""
+        return {
+            "title": self.title,
+            "start": self.start,
+            "stop": self.stop,
+            "counts": list(self.counts),
+            "low": self.low,
+            "high": self.high,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -179,6 +179,8 @@ def _variants(report: Report, tints: Mapping[str, str]) -> list[dict[str, Any]]:
                     "same_as": "" if first[step["key"]] == variant["name"] else first[step["key"]],
                     "curves": plots.curves(provenance.history(step["record"])),
                     "widths": provenance.widths(step["record"]),
+                    "tables": provenance.tables(step["record"]),
+                    "histograms": provenance.histograms(step["record"]),
                     "facts": provenance.step_facts(step),
                 }
                 for step in variant["provenance"]

@@ -128,6 +128,7 @@ def _provenance(report: Report) -> list[str]:
     sections = []
     for variant in report["variants"]:
         lines = [f"- {key}: {escape(value)}" for key, value in provenance.variant_facts(report, variant)]
+        shown: list[provenance.TableView] = []
         for title, names, more in provenance.flips(variant):
             tail = f", and {more} more" if more else ""
             lines.append(f"- {title}: {', '.join(escape(name) for name in names)}{tail}")
@@ -143,7 +144,12 @@ def _provenance(report: Report) -> list[str]:
             if widths:
                 told = ", ".join(f"{width.layer} {width.before} → {width.after}" for width in widths)
                 lines.append(f"   - channels: {escape(told)}")
+            shown += provenance.tables(step["record"])
         sections += [f"### {escape(variant['name'])}", "\n".join(lines)]
+        for view in shown:
+            cells = [[escape(cell) for cell in row] for row in view.rows]
+            columns = [escape(column) for column in view.columns]
+            sections += [f"#### {escape(view.title)}", table(columns, cells, list(view.numeric))]
     return sections
 
 

@@ -1,7 +1,7 @@
 """How a variant was made, in words: from the records that its passes left.
 
-Two things in a record are drawn: ``training.epochs`` and ``pruning.widths``; everything else is told as it
-is, so that a new pass needs nothing here.
+Drawn are a record's ``tables`` and ``histograms``, which any pass may leave, ``training.epochs`` and
+``pruning.widths``; everything else is told as it is, so that a new pass needs nothing here.
 """
 
 from __future__ import annotations
@@ -61,6 +61,91 @@ def history(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableView:
+    """A table as text; ``numeric`` says which columns are aligned as numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables(record: Mapping[str, Any]) -> list[TableView]:
+    """The tables that a pass left."""
+    found = []
+    for table in _listed(record, "tables"):
+        rows = [list(row) for row in table["rows"]]
+        found.append(
+            TableView(
+                title=str(table["title"]),
+                columns=tuple(str(column) for column in table["columns"]),
+                numeric=tuple(
+                    any(_is_number(row[index]) for row in rows)
+                    and all(row[index] is None or _is_number(row[index]) for row in rows)
+                    for index in range(len(table["columns"]))
+                ),
+                rows=tuple(tuple(_cell(value) for value in row) for row in rows),
+            )
+        )
+    return found
+
+
+def _listed(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    found = record.get(key)
+    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return words.significant(value) if 1e-4 <= abs(value) < 1e7 or value == 0 else f"{value:.2e}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else words.flat(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistogramView:
+    """A histogram as the page draws it, in percent: bars of (left, width, height), and the marked range."""
+
+    title: str
+    bars: tuple[tuple[float, float, float], ...]
+    low_at: float
+    high_at: float
+    start: str
+    stop: str
+    marked: str
+
+
+def histograms(record: Mapping[str, Any]) -> list[HistogramView]:
+    """The histograms that a pass left; heights are by the fourth root, so that rare values stay visible."""
+    found = []
+    for item in _listed(record, "histograms"):
+        counts, start, stop = item["counts"], float(item["start"]), float(item["stop"])
+        peak = max(counts, default=0) or 1
+        width = 100 / max(len(counts), 1)
+        span = stop - start or 1.0
+        low, high = float(item["low"]), float(item["high"])
+        found.append(
+            HistogramView(
+                title=str(item["title"]),
+                bars=tuple(
+                    (round(index * width, 2), round(width, 2), round(100 * (count / peak) ** 0.25, 1))
+                    for index, count in enumerate(counts)
+                    if count
+                ),
+                low_at=round(100 * min(max((low - start) / span, 0), 1), 2),
+                high_at=round(100 * min(max((high - start) / span, 0), 1), 2),
+                start=words.significant(start),
+                stop=words.significant(stop),
+                marked=f"{words.significant(low)} … {words.significant(high)}",
+            )
+        )
+    return found
+
+
 def step_facts(step: Step) -> list[tuple[str, str]]:
     """What a step's record says beside what is drawn, parity and calibration first."""
     record = dict(step["record"])
@@ -68,7 +153,7 @@ def step_facts(step: Step) -> list[tuple[str, str]]:
         if isinstance(record.get(key), Mapping):
             record[key] = {name: value for name, value in record[key].items() if name != drawn}
     first = [key for key in ("training", "pruning", "parity", "calibration") if key in record]
-    rest = [key for key in record if key not in first]
+    rest = [key for key in record if key not in {*first, "tables", "histograms"}]
     return nested_facts({key: record[key] for key in (*first, *rest)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deploycnn.report import provenance
 from deploycnn.report.html import render_html
+from deploycnn.report.markdown import render_markdown
 from deploycnn.report.schema import Step
 from tests.report.example import example_report
 
@@ -67,3 +68,37 @@ def test_flipped_images_beyond_the_list_are_counted() -> None:
     (first, second) = provenance.flips(variant)
     assert (first[0], len(first[1]), first[2]) == ("50 test images right before, wrong now", 7, 43)
     assert (second[0], second[2]) == ("3 test images wrong before, right now", 0)
+
+
+def recorded() -> Step:
+    from deploycnn.core import Histogram, Table
+
+    table = Table(
+        title="layers",
+        columns=("layer", "SQNR, dB", "fused", "MACs"),
+        rows=(("stem <conv>", 31.256, True, 1_234_567), ("head", None, False, 10)),
+    )
+    histogram = Histogram(title="stem", start=-2.0, stop=6.0, counts=(1, 0, 16, 1), low=-1.0, high=9.0)
+    record = {"tables": [table.to_json()], "histograms": [histogram.to_json()], "scheme": "U8S8"}
+    return {"pass": "int8", "key": "k", "options": {}, "seconds": None, "record": record}
+
+
+def test_tables_and_histograms_of_any_pass_are_drawn_and_not_listed() -> None:
+    step = recorded()
+    (table,) = provenance.tables(step["record"])
+    assert table.rows == (("stem <conv>", "31.3", "yes", "1,234,567"), ("head", "–", "no", "10"))
+    assert table.numeric == (False, True, False, True)
+    (histogram,) = provenance.histograms(step["record"])
+    # A quarter of the way is left of the range; beyond the last bin it ends with the drawing.
+    assert (histogram.low_at, histogram.high_at) == (12.5, 100)
+    assert histogram.bars == ((0.0, 25.0, 50.0), (50.0, 25.0, 100.0), (75.0, 25.0, 50.0))
+    assert provenance.step_facts(step) == [("scheme", "U8S8")]
+    report = example_report()
+    report["variants"][1]["provenance"].append(step)
+    page = render_html(report)
+    assert "stem &lt;conv&gt;" in page
+    assert '<td class="n">31.3</td>' in page
+    assert "kept −1" in page or "kept -1" in page
+    text = render_markdown(report)
+    assert "#### layers" in text
+    assert "| stem \\<conv\\>" in text
