@@ -196,6 +196,8 @@ class Pass(ABC):
 
     consumes: ClassVar[Format | None]
     produces: ClassVar[Format]
+    #: The field that takes a value written alone behind the pass's name (``int8: auto``), if any.
+    main: ClassVar[str | None] = None
     #: Bump when the same fields produce another output.
     version: ClassVar[int] = 1
     #: Whether ``ctx.data`` must be there.

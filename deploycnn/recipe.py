@@ -299,6 +299,8 @@ def _variants(raw: object, base: Path, where: str) -> tuple[Variant, ...]:
             kind, options = _kind_and_options(item, f"{place}.{index}", "export")
             cls: type[Pass] = _component("pass", kind, f"{place}.{index}")
             here = f"{place}.{index}.{kind}"
+            if cls.main is not None and isinstance(options, str | int | float):
+                options = {cls.main: options}
             passes.append((kind, schema.resolve_paths(schema.build(cls, options, here), base, here)))
         variants.append(Variant(name=name, passes=tuple(passes)))
     return tuple(variants)

@@ -42,6 +42,7 @@ class Model(Source):
 class Tune(Pass):
     """Adds a line; may need a teacher."""
 
+    main: ClassVar[str | None] = "amount"
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
 

@@ -28,6 +28,13 @@ def test_reads_names_options_and_defaults() -> None:
     assert recipe.variant("tuned").passes == (("tune", Tune(amount=3)), ("export", Export()))
 
 
+def test_a_value_alone_is_the_main_field() -> None:
+    recipe = parse({"variants": {"fp32": ["export"], "tuned": [{"tune": 3}, "export"]}})
+    assert recipe.variant("tuned").passes[0] == ("tune", Tune(amount=3))
+    with pytest.raises(RecipeError, match=r"variants\.a\.0\.export: expected"):
+        parse({"variants": {"a": [{"export": "auto"}]}})
+
+
 def test_resolved_recipe_parses_to_itself() -> None:
     recipe = parse({"budget": {"max_top1_drop": 0.01}, "seed": 3, "target": "cpu"})
     again = recipes.parse(recipe.raw, base=Path("/nowhere"))
