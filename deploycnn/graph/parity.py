@@ -158,7 +158,11 @@ def evaluator_name() -> str:
 
 
 def evaluator(
-    model: ModelProto | Path, *, threads: int = 1, outputs: Sequence[str] | None = None
+    model: ModelProto | Path,
+    *,
+    threads: int = 1,
+    outputs: Sequence[str] | None = None,
+    integers: bool = True,
 ) -> Evaluate:
     """A function that runs an ONNX model with one image input.
 
@@ -168,9 +172,11 @@ def evaluator(
         model: The model, or its file (needed above 2 GB).
         threads: CPU threads.
         outputs: Values to return; all graph outputs by default.
+        integers: Let onnxruntime fuse Q/DQ into integer kernels. Where not, what is between DQ and Q is
+            computed in float32, which is what a quantized graph means, whatever this CPU's arithmetic does.
     """
     if installed("onnxruntime"):
-        session = cpu_session(model, threads=threads)
+        session = cpu_session(model, threads=threads, integers=integers)
         name = session.get_inputs()[0].name
         wanted = list(outputs) if outputs is not None else None
 
@@ -191,8 +197,16 @@ def evaluator(
     return by_reference
 
 
-def cpu_session(model: ModelProto | Path, *, threads: int = 1, optimize: bool = True) -> Any:
+def cpu_session(
+    model: ModelProto | Path, *, threads: int = 1, optimize: bool = True, integers: bool = True
+) -> Any:
     """An onnxruntime session on the CPU, quiet, for a model or (needed above 2 GB) its file.
+
+    Args:
+        model: The model, or its file.
+        threads: CPU threads.
+        optimize: Whether the graph may be rewritten at all.
+        integers: Whether Q/DQ may be fused into integer kernels.
 
     Raises:
         RuntimeUnavailable: onnxruntime is not installed.
@@ -204,6 +218,8 @@ def cpu_session(model: ModelProto | Path, *, threads: int = 1, optimize: bool = 
     options.inter_op_num_threads = 1
     # Waiting threads would take the cores of whatever else runs (training, decoding).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if isinstance(model, ModelProto) and model.ByteSize() >= MAX_SELF_CONTAINED_BYTES:

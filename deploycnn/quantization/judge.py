@@ -70,7 +70,12 @@ class Judge:
     """Compares candidates with one float graph on the same images, which are prepared once."""
 
     def __init__(
-        self, reference: ModelProto, batches: Callable[[], Iterable[Labelled]], *, threads: int = 1
+        self,
+        reference: ModelProto,
+        batches: Callable[[], Iterable[Labelled]],
+        *,
+        threads: int = 1,
+        integers: bool = True,
     ) -> None:
         """Run ``reference`` once.
 
@@ -78,11 +83,14 @@ class Judge:
             reference: The float graph.
             batches: Gives the images anew at each call, always the same.
             threads: CPU threads.
+            integers: Whether candidates run on this CPU's integer kernels. Where these saturate, a graph that
+                was made for better ones is to be judged without them.
 
         Raises:
             PassRequirementError: there are no images.
         """
         self._threads = threads
+        self._integers = integers
         self._batch = image_input(reference)[1][0]
         self._images = _Held(batches, HELD_BYTES)
         self._labels: list[npt.NDArray[np.int64]] = []
@@ -100,7 +108,7 @@ class Judge:
 
     def __call__(self, candidate: ModelProto) -> Judgement:
         """Run ``candidate`` on the images and compare."""
-        run = evaluator(candidate, threads=self._threads)
+        run = evaluator(candidate, threads=self._threads, integers=self._integers)
         signal = noise = 0.0
         hits = same = 0
         for index, (images, labels) in enumerate(self._images):

@@ -119,3 +119,38 @@ def test_decibels() -> None:
     assert decibels(100.0, 1.0) == pytest.approx(20.0)
     assert decibels(1.0, 0.0) == EXACT_DB
     assert decibels(0.0, 1.0) == -EXACT_DB
+
+
+def test_what_would_saturate_is_computed_as_the_graph_says() -> None:
+    """Products of 255 and 127 overflow 16 bits in pairs, which is how CPUs without VNNI add them."""
+    from onnx import TensorProto, helper
+
+    from deploycnn.graph.parity import evaluator
+
+    weight = np.full((1, 8, 1, 1), 127, np.int8)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "one", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "one", "wz"], ["wd"]),
+        helper.make_node("Conv", ["xd", "wd"], ["y"]),
+        helper.make_node("QuantizeLinear", ["y", "coarse", "zero"], ["yq"]),
+        helper.make_node("DequantizeLinear", ["yq", "coarse", "zero"], ["out"]),
+    ]
+    constants = {
+        "one": np.float32(1),
+        "zero": np.uint8(0),
+        "wz": np.int8(0),
+        "w": weight,
+        "coarse": np.float32(2000),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 2, 2])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 1, 2, 2])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = np.full((1, 8, 2, 2), 255, np.float32)
+    (found,) = evaluator(built, integers=False)(x)
+    assert (found == np.rint(8 * 255 * 127 / 2000) * 2000).all()
