@@ -129,6 +129,7 @@ class Int8(Pass):
             reduce_range=reduce_range,
             activation_type=activation_type,
             exclude=self.exclude,
+            target=ctx.target,
             threads=ctx.threads,
         )
 

@@ -25,6 +25,11 @@ class Isa:
     name: str
     saturates: bool
 
+    @property
+    def x86(self) -> bool:
+        """Whether it is an x86 CPU, whose 8-bit multiply-add takes unsigned activations and signed weights."""
+        return self.name in DOT_PRODUCT_FLAGS or self.name.startswith("x86")
+
 
 def detect_isa(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> Isa:
     """This machine's (or a described one's) 8-bit arithmetic; x86 of unknown flags is taken to saturate."""

@@ -14,7 +14,7 @@ from deploycnn.graph.model import consumers, producers
 from deploycnn.graph.observe import exposing, image_input
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization.judge import decibels
-from deploycnn.quantization.placement import COMPUTE
+from deploycnn.quantization.structure import COMPUTE
 from deploycnn.quantization.types import Ranges
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ class Int8Settings:
         reduce_range: 7-bit weights, for x86 CPUs whose 8-bit multiply-add saturates (no VNNI).
         activation_type: uint8 with a zero point (U8S8) or symmetric int8 (S8S8).
         exclude: Names of nodes to leave in float.
+        target: Whose placement rules are followed (``packs.get``).
         threads: CPU threads for calibration.
     """
 
@@ -32,6 +33,7 @@ class Int8Settings:
     reduce_range: bool = False
     activation_type: Literal["uint8", "int8"] = "uint8"
     exclude: tuple[str, ...] = ()
+    target: str = "cpu"
     threads: int = 1
 
     @property

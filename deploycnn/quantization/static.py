@@ -1,14 +1,10 @@
-"""INT8 by post-training static quantization: calibration and placement are ours, insertion is onnxruntime's.
-
-The seam is ``quantize_static``: a file, images and settings in, a file and a record out.
-"""
+"""INT8 by post-training static quantization, from a file to a file: prepare, place, calibrate, build."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +13,28 @@ from onnx import ModelProto
 
 from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.graph.batchnorm import batchnorm_to_depthwise
-from deploycnn.graph.cleanup import remove_unused, simplify
+from deploycnn.graph.cleanup import simplify
 from deploycnn.graph.metadata import get_metadata, set_metadata
 from deploycnn.graph.model import (
     check_onnx,
-    consumers,
     infer_shapes,
     is_quantized,
     load_onnx,
     opset_of,
-    producers,
     save_onnx,
-    sort_nodes,
 )
 from deploycnn.graph.names import name_nodes
-from deploycnn.graph.observe import float_values, image_input, observe
+from deploycnn.graph.observe import image_input, observe
 from deploycnn.graph.opset import raise_opset
 from deploycnn.optional import require
+from deploycnn.quantization import packs
 from deploycnn.quantization.fusion import count_fused
-from deploycnn.quantization.placement import COMPUTE, Placement, place
+from deploycnn.quantization.insertion import MIN_OPSET, build, ranges_needed
+from deploycnn.quantization.packs import RulePack
+from deploycnn.quantization.placement import place
 from deploycnn.quantization.ranges import Statistics, choose_range
 from deploycnn.quantization.settings import Int8Settings, QuantizationRecord
-
-#: The first operator set with per-channel DequantizeLinear.
-MIN_OPSET = 13
-
-Ranges = Mapping[str, tuple[float, float]]
+from deploycnn.quantization.types import NumberFormat, Plan, Ranges
 
 
 def quantize_static(
@@ -78,13 +70,13 @@ def quantize_static(
         raise PassRequirementError(f"{model_path}: already quantized; give the float32 model")
     prepared = prepare(original)
     _check_exclude(original, prepared, settings.exclude)
-    placement = place(prepared, settings.exclude)
-    if not placement.quantized:
+    plan = place(prepared, rule_pack(settings), settings.exclude)
+    if not plan.quantized_nodes:
         raise PassRequirementError(
             f"{model_path}: no convolution or matrix product to quantize; leave int8 out"
         )
-    ranges, images = calibrate(prepared, placement, calibration, settings, progress)
-    quantized = insert_qdq(prepared, placement, ranges, settings)
+    ranges, images = calibrate(prepared, plan, calibration, settings, progress)
+    quantized = build(prepared, plan, ranges)
     set_metadata(quantized, get_metadata(original))
     check_onnx(quantized, f"{model_path}: its quantized graph")
     save_onnx(quantized, output_path)
@@ -94,10 +86,22 @@ def quantize_static(
         calibrator=f"{settings.calibrator}{detail}",
         images=images,
         ranges=ranges,
-        quantized_nodes=placement.quantized,
-        float_compute_nodes=placement.float_compute,
+        quantized_nodes=plan.quantized_nodes,
+        float_compute_nodes=plan.kept_float,
         opset=opset_of(quantized),
         fused=count_fused(output_path),
+    )
+
+
+def rule_pack(settings: Int8Settings) -> RulePack:
+    """The rules that settings ask for."""
+    symmetric = settings.activation_type == "int8"
+    pack = packs.get(settings.target)
+    return replace(
+        pack,
+        activation=NumberFormat(dtype=settings.activation_type, symmetric=symmetric),
+        weight=replace(pack.weight, reduced=settings.reduce_range),
+        per_channel=settings.per_channel,
     )
 
 
@@ -129,21 +133,17 @@ def _check_exclude(original: ModelProto, prepared: ModelProto, exclude: Iterable
 
 def calibrate(
     model: ModelProto,
-    placement: Placement,
+    plan: Plan,
     calibration: Iterable[npt.NDArray[np.float32]],
     settings: Int8Settings,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Ranges, int]:
-    """Ranges of all values at quantized nodes, by name, and the number of images that were seen.
+    """Ranges of the values that a plan rounds, by name, and the number of images that were seen.
 
     Raises:
         PassRequirementError: no images, or NaN or infinity in them or in a value (named).
     """
-    quantized = set(placement.quantized)
-    touched = {
-        name for node in model.graph.node if node.name in quantized for name in (*node.input, *node.output)
-    }
-    values = [name for name in float_values(model) if name in touched]
+    values = list(ranges_needed(plan))
     statistics = {name: Statistics(histogram=settings.calibrator != "minmax") for name in values}
     images = observe(
         model,
@@ -159,83 +159,3 @@ def calibrate(
         name: choose_range(summary, settings.calibrator, settings.percentile)
         for name, summary in statistics.items()
     }, images
-
-
-def insert_qdq(model: ModelProto, placement: Placement, ranges: Ranges, settings: Int8Settings) -> ModelProto:
-    """``model`` with weights in INT8 and Q/DQ around the placed nodes, by onnxruntime's quantizer."""
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-    chosen = set(placement.quantized)
-    symmetric = settings.activation_type == "int8"
-    with _root_logger_silenced():
-        quantizer = QDQQuantizer(
-            model,
-            per_channel=settings.per_channel,
-            reduce_range=settings.reduce_range,
-            weight_qType=QuantType.QInt8,
-            activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-            tensors_range=TensorsData(
-                CalibrationMethod.MinMax,
-                {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()},
-            ),
-            nodes_to_quantize=list(placement.quantized),
-            nodes_to_exclude=[],
-            op_types_to_quantize=sorted({node.op_type for node in model.graph.node if node.name in chosen}),
-            extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True},
-        )
-        quantized: ModelProto = quantizer.quantize_model()
-    # The quantizer appends its nodes at the end.
-    sort_nodes(quantized)
-    float_outputs_of_products(quantized, chosen)
-    quantized.producer_name, quantized.producer_version = "deploycnn", ""
-    return infer_shapes(quantized)
-
-
-def float_outputs_of_products(model: ModelProto, quantized: set[str]) -> int:
-    """Drop the Q/DQ behind matrix products that only float nodes or graph outputs read; return how many.
-
-    Integer matrix products can return float32: rounding logits to 8 bits would buy nothing. (Integer
-    convolutions cannot.)
-    """
-    graph = model.graph
-    made_by = producers(graph)
-    read_by = consumers(graph)
-    outputs = {value.name for value in graph.output}
-    dropped = 0
-    for dequantize in [node for node in graph.node if node.op_type == "DequantizeLinear"]:
-        quantize = made_by.get(dequantize.input[0])
-        product = made_by.get(quantize.input[0]) if quantize is not None else None
-        target = dequantize.output[0]
-        if (
-            quantize is None
-            or product is None
-            or product.op_type not in COMPUTE - {"Conv"}
-            or len(read_by[quantize.input[0]]) != 1
-            or len(read_by[quantize.output[0]]) != 1
-            or any(reader.name in quantized for reader in read_by.get(target, ()))
-            or quantize.input[0] in outputs
-        ):
-            continue
-        product.output[0] = target
-        graph.node.remove(quantize)
-        graph.node.remove(dequantize)
-        dropped += 1
-    remove_unused(model)
-    return dropped
-
-
-@contextlib.contextmanager
-def _root_logger_silenced() -> Iterator[None]:
-    """Keep the quantizer's notes, which go through the root logger, off the terminal."""
-    root = logging.getLogger()
-    handler = logging.NullHandler()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.removeHandler(handler)

@@ -18,6 +18,7 @@ from deploycnn.graph.export import export_onnx
 from deploycnn.graph.metadata import get_metadata
 from deploycnn.graph.model import is_quantized, load_onnx, opset_of, save_onnx, shape_of
 from deploycnn.graph.parity import cpu_session, evaluator
+from deploycnn.quantization import packs
 from deploycnn.quantization.placement import place
 from deploycnn.quantization.settings import Int8Settings
 from deploycnn.quantization.static import prepare, quantize_static
@@ -212,8 +213,8 @@ def test_what_follows_the_last_layer_stays_float(tmp_path) -> None:
         "low": np.float32(0),
         "high": np.float32(6),
     }
-    placement = place(prepare(graph(nodes, weights, outputs=("y", "z", "u"))))
-    assert placement.quantized == ("c", "r", "z")
+    plan = place(prepare(graph(nodes, weights, outputs=("y", "z", "u"))), packs.get("cpu"))
+    assert plan.quantized_nodes == ("c", "r", "z")
 
 
 def test_gates_and_zero_padded_shortcuts_run_on_integers(tmp_path) -> None:
@@ -253,9 +254,9 @@ def test_a_clip_that_excludes_zero_and_computed_weights_stay_float() -> None:
         helper.make_node("MatMul", ["d", "d"], ["y"], name="y"),
     ]
     weights: Weights = {"w": normal(4, 3, 1, 1), "w2": normal(4, 4, 1, 1), "low": np.float32(0.5)}
-    placement = place(prepare(graph(nodes, weights)))
-    assert placement.quantized == ("c", "d")
-    assert placement.float_compute == {"y": "its weights are not constant"}
+    plan = place(prepare(graph(nodes, weights)), packs.get("cpu"))
+    assert plan.quantized_nodes == ("c", "d")
+    assert plan.kept_float == {"y": "its weights are not constant"}
 
 
 def test_lone_batchnorms_are_quantized_as_depthwise_convolutions(tmp_path) -> None:

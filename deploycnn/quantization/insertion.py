@@ -1,0 +1,318 @@
+"""From a plan and ranges to the Q/DQ graph.
+
+Names follow onnxruntime's quantizer, which other tools know: ``W_quantized``, ``W_scale``, ``W_zero_point``,
+``X_QuantizeLinear``, ``X_DequantizeLinear_Output``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+from deploycnn.errors import PassRequirementError
+from deploycnn.graph.cleanup import remove_unused
+from deploycnn.graph.model import attribute, infer_shapes, sort_nodes
+from deploycnn.graph.names import unique
+from deploycnn.graph.opset import raise_opset
+from deploycnn.quantization.placement import output_axis
+from deploycnn.quantization.structure import Structure
+from deploycnn.quantization.types import (
+    ActivationPlan,
+    IntegerWeight,
+    NumberFormat,
+    Plan,
+    Range,
+    Ranges,
+    WeightPlan,
+)
+from deploycnn.quantization.weights import quantize_bias, quantize_weight, with_room_for_bias
+
+#: The first operator set with per-channel DequantizeLinear, and that with 4-bit integers.
+MIN_OPSET = 13
+MIN_OPSET_4_BITS = 21
+
+_NUMPY = {"uint8": np.uint8, "int8": np.int8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
+
+
+def build(
+    model: ModelProto,
+    plan: Plan,
+    ranges: Ranges,
+    weights: Mapping[str, IntegerWeight] | None = None,
+) -> ModelProto:
+    """The quantized graph.
+
+    A plan without activations makes a graph whose weights are integers and which computes in float.
+
+    Args:
+        model: The float graph that ``plan`` was made of; it is left as it is.
+        plan: Of ``placement.place``.
+        ranges: For each value of ``plan.activations`` that has none of its own (``ranges_needed``).
+        weights: Integer weights by initializer, of a recovery that rounds otherwise; the rest are rounded to
+            nearest.
+
+    Returns:
+        A graph with the inputs, outputs and metadata of ``model``, whose opset is raised where the plan needs it.
+
+    Raises:
+        PassRequirementError: a range is missing or not finite, a weight is not finite, or the opset cannot be
+            raised.
+    """
+    four_bits = any(weight.number.dtype.endswith("4") for weight in plan.weights)
+    source = raise_opset(model, MIN_OPSET_4_BITS if four_bits else MIN_OPSET)
+    draft = ModelProto()
+    draft.CopyFrom(source)
+    parameters = activation_parameters(draft, plan, ranges)
+    _fold_clips(draft, plan, parameters)
+    builder = _Builder(draft, plan, parameters)
+    builder.quantize_weights(weights or {})
+    for activation in plan.activations:
+        builder.round(activation)
+    builder.finish()
+    return infer_shapes(draft)
+
+
+def ranges_needed(plan: Plan) -> tuple[str, ...]:
+    """Values whose range calibration has to find."""
+    return tuple(item.value for item in plan.activations if item.fixed is None)
+
+
+def activation_parameters(model: ModelProto, plan: Plan, ranges: Ranges) -> dict[str, tuple[np.float32, int]]:
+    """Scale and zero point of each planned value.
+
+    A value that a ReLU or clip makes has no range beyond its bounds; tied values share the hull of theirs.
+
+    Raises:
+        PassRequirementError: a range is missing or not finite.
+    """
+    graph = Structure(model)
+    hulls: dict[str, Range] = {}
+    for item in plan.activations:
+        low, high = _bounds(item, ranges)
+        maker = graph.made_by.get(item.value)
+        clip = graph.clip_bounds(maker) if maker is not None else None
+        if clip is not None:
+            low, high = max(low, min(clip[0], 0.0)), min(high, max(clip[1], 0.0))
+        group = item.tied or item.value
+        held = hulls.get(group, (0.0, 0.0))
+        hulls[group] = min(held[0], low), max(held[1], high)
+    return {
+        item.value: plan.activation.scale_and_zero_point(hulls[item.tied or item.value])
+        for item in plan.activations
+    }
+
+
+def _bounds(item: ActivationPlan, ranges: Ranges) -> Range:
+    bounds = item.fixed if item.fixed is not None else ranges.get(item.value)
+    if bounds is None:
+        raise PassRequirementError(f'value "{item.value}" is to be quantized and has no range; calibrate it')
+    if not np.isfinite(bounds).all():
+        raise PassRequirementError(f'value "{item.value}" has the range {bounds}, which is not finite')
+    return bounds
+
+
+def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, tuple[np.float32, int]]) -> None:
+    """Take out each ReLU and clip whose rounding does the same: its bounds are the ends of the integers."""
+    graph = Structure(model)
+    integer = set(plan.quantized_nodes)
+    for node in graph.nodes:
+        bounds = graph.clip_bounds(node) if node.name in integer else None
+        source, target = (node.input[0], node.output[0]) if bounds is not None else ("", "")
+        maker = graph.made_by.get(source)
+        if (
+            bounds is None
+            or target not in parameters
+            or source in parameters
+            or source in graph.outputs
+            or maker is None
+            or maker.name not in integer
+            or len(graph.read_by[source]) != 1
+            or not _clips_alike(bounds, parameters[target], plan.activation)
+        ):
+            continue
+        maker.output[list(maker.output).index(source)] = target
+        model.graph.node.remove(node)
+        graph.made_by[target] = maker
+
+
+def _clips_alike(bounds: Range, parameters: tuple[np.float32, int], number: NumberFormat) -> bool:
+    scale, zero_point = parameters
+    low, high = (np.rint(np.float32(bound) / scale) + zero_point for bound in bounds)
+    return bool(low <= number.qmin and high >= number.qmax)
+
+
+class _Builder:
+    """Adds Q/DQ to a graph in place."""
+
+    def __init__(
+        self, model: ModelProto, plan: Plan, parameters: Mapping[str, tuple[np.float32, int]]
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._parameters = parameters
+        self._graph = Structure(model)
+        self._nodes = {node.name: node for node in self._graph.nodes}
+        self._taken = {name for node in self._graph.nodes for name in (*node.input, *node.output, node.name)}
+        self._taken |= set(self._graph.inputs) | self._graph.outputs | set(self._graph.constants)
+        #: Names of scale and zero point by group of tied values.
+        self._scales: dict[str, tuple[str, str]] = {}
+
+    def finish(self) -> None:
+        """Sort, and drop what nobody reads any more."""
+        # New nodes stand at the end so far.
+        sort_nodes(self._model)
+        remove_unused(self._model)
+        self._model.producer_name, self._model.producer_version = "deploycnn", ""
+
+    # Activations.
+
+    def round(self, item: ActivationPlan) -> None:
+        """Put Q/DQ between a value and its readers."""
+        value = item.value
+        rounded = self._constant(item) if value in self._graph.constants else self._pair(item)
+        for node in self._graph.nodes:
+            if item.readers is None or node.name in item.readers:
+                for position, name in enumerate(node.input):
+                    if name == value:
+                        node.input[position] = rounded
+
+    def _pair(self, item: ActivationPlan) -> str:
+        """Q/DQ behind a value; return the name of what readers should take."""
+        value = item.value
+        source, rounded = value, self._name(f"{value}_DequantizeLinear_Output")
+        if value in self._graph.outputs and item.readers is None:
+            # The output keeps its name; the node that made it gets another.
+            source, rounded = self._name(f"{value}_QuantizeLinear_Input"), value
+            maker = self._graph.made_by[value]
+            maker.output[list(maker.output).index(value)] = source
+        scale, zero_point = self._scale(item)
+        integers = self._name(f"{value}_QuantizeLinear_Output")
+        self._add("QuantizeLinear", [source, scale, zero_point], integers, f"{value}_QuantizeLinear")
+        self._add("DequantizeLinear", [integers, scale, zero_point], rounded, f"{value}_DequantizeLinear")
+        return rounded
+
+    def _constant(self, item: ActivationPlan) -> str:
+        """A constant operand in the format of activations, stored as integers."""
+        value, number = item.value, self._plan.activation
+        scale, zero_point = self._parameters[value]
+        real = numpy_helper.to_array(self._graph.constants[value]).astype(np.float64)
+        integers = np.clip(np.rint(real / np.float64(scale)) + zero_point, number.qmin, number.qmax)
+        held = self._store(f"{value}_quantized", integers.astype(_NUMPY[number.dtype]))
+        rounded = self._name(f"{value}_DequantizeLinear_Output")
+        self._add("DequantizeLinear", [held, *self._scale(item)], rounded, f"{value}_DequantizeLinear")
+        return rounded
+
+    def _scale(self, item: ActivationPlan) -> tuple[str, str]:
+        """Names of the scale and zero point of a value, which it shares with those that it is tied to."""
+        group = item.tied or item.value
+        if group not in self._scales:
+            scale, zero_point = self._parameters[item.value]
+            self._scales[group] = (
+                self._store(f"{group}_scale", np.asarray(scale)),
+                self._store(
+                    f"{group}_zero_point", np.asarray(zero_point, dtype=_NUMPY[self._plan.activation.dtype])
+                ),
+            )
+        return self._scales[group]
+
+    # Weights and biases.
+
+    def quantize_weights(self, given: Mapping[str, IntegerWeight]) -> None:
+        """Store every planned constant once, and the biases that go with integer kernels."""
+        plans: dict[tuple[str, int | None], list[WeightPlan]] = {}
+        for item in self._plan.weights:
+            plans.setdefault((item.initializer, item.axis), []).append(item)
+        for (initializer, _), items in plans.items():
+            array = numpy_helper.to_array(self._graph.constants[initializer])
+            weight = given.get(initializer) or quantize_weight(array, items[0])
+            if weight.integers.shape != array.shape or weight.axis != items[0].axis:
+                raise PassRequirementError(
+                    f'integer weights for "{initializer}" have shape {weight.integers.shape} and axis {weight.axis}; '
+                    f"the plan wants {array.shape} and {items[0].axis}"
+                )
+            biased = [
+                (self._nodes[item.node], bias, scale)
+                for item in items
+                for bias, scale in self._integer_bias(self._nodes[item.node], weight)
+            ]
+            for _, bias, scale in biased:
+                weight = with_room_for_bias(weight, bias, float(scale), items[0].number)
+            self._store_weight(weight, items)
+            for node, bias, scale in biased:
+                self._store_bias(node, bias, scale, weight)
+
+    def _integer_bias(
+        self, node: NodeProto, weight: IntegerWeight
+    ) -> Iterable[tuple[npt.NDArray[np.float64], np.float32]]:
+        """The bias of a node and the scale of its input; nothing where it has none or it stays float."""
+        scale = self._input_scale(node)
+        if not self._plan.integer_bias or scale is None or len(node.input) < 3 or not node.input[2]:
+            return []
+        bias = numpy_helper.to_array(self._graph.constants[node.input[2]]).astype(np.float64)
+        channels = weight.integers.shape[output_axis(node)]
+        if bias.size not in {1, channels} or (bias.size > 1 and bias.shape[-1] != channels):
+            return []  # a Gemm that adds a whole matrix: its integer kernel takes one value a column
+        bias = np.broadcast_to(bias.reshape(-1), (channels,))
+        return [(bias * cast("float", attribute(node, "beta", 1.0)), scale)]
+
+    def _input_scale(self, node: NodeProto) -> np.float32 | None:
+        for item in self._plan.activations:
+            if item.value == node.input[0] and (item.readers is None or node.name in item.readers):
+                return self._parameters[item.value][0]
+        return None
+
+    def _store_weight(self, weight: IntegerWeight, items: list[WeightPlan]) -> None:
+        name, kind = items[0].initializer, _NUMPY[items[0].number.dtype]
+        integers = self._store(f"{name}_quantized", weight.integers.astype(kind))
+        scale = self._store(f"{name}_scale", weight.scale)
+        zero_point = self._store(f"{name}_zero_point", np.zeros(weight.scale.shape, dtype=kind))
+        rounded = self._name(f"{name}_DequantizeLinear_Output")
+        self._add(
+            "DequantizeLinear",
+            [integers, scale, zero_point],
+            rounded,
+            f"{name}_DequantizeLinear",
+            weight.axis,
+        )
+        for item in items:
+            self._nodes[item.node].input[1] = rounded
+
+    def _store_bias(
+        self, node: NodeProto, bias: npt.NDArray[np.float64], input_scale: np.float32, weight: IntegerWeight
+    ) -> None:
+        name = node.input[2]
+        integers, scale = quantize_bias(bias, input_scale, weight.scale)
+        rounded = self._name(f"{name}_DequantizeLinear_Output")
+        inputs = [
+            self._store(f"{name}_quantized", integers),
+            self._store(f"{name}_quantized_scale", scale),
+            self._store(f"{name}_quantized_zero_point", np.zeros(scale.shape, dtype=np.int32)),
+        ]
+        self._add("DequantizeLinear", inputs, rounded, f"{name}_DequantizeLinear", 0 if scale.ndim else None)
+        node.input[2] = rounded
+        kept = [held for held in node.attribute if held.name != "beta"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+
+    # Small things.
+
+    def _name(self, wanted: str) -> str:
+        name = unique(wanted, self._taken)
+        self._taken.add(name)
+        return name
+
+    def _store(self, wanted: str, array: npt.NDArray[np.generic]) -> str:
+        name = self._name(wanted)
+        self._model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    def _add(self, op: str, inputs: list[str], output: str, name: str, axis: int | None = None) -> None:
+        node = helper.make_node(op, inputs, [output], name=self._name(name))
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        self._model.graph.node.append(node)

@@ -1,0 +1,161 @@
+"""Rule packs: where each target wants its Q/DQ, as data.
+
+Sources: ONNX Runtime's QDQ selectors (which patterns become ``QLinear*`` operators) and its quantization guide;
+NVIDIA's guides to explicit quantization and Model Optimizer's ONNX quantizer; TensorRT-RTX's support matrix.
+``docs/quantization.md`` tells the rules in prose. A rule is changed for one model by ``dataclasses.replace``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from deploycnn.errors import RecipeError, nearest
+from deploycnn.quantization.isa import Isa
+from deploycnn.quantization.types import NumberFormat
+
+#: Operators that only move data: integers pass through them unchanged, so both sides share one scale.
+MOVERS = frozenset(
+    {
+        "MaxPool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice",
+        "DepthToSpace", "SpaceToDepth", "Resize",
+    }
+)  # fmt: skip
+
+#: Operators with an 8-bit kernel on CPUs. ``HardSigmoid`` has none, but 8 bits on both sides of it let the gate's
+#: ``Mul`` run on integers.
+CPU_FOLLOWERS = MOVERS | {
+    "Add", "Mul", "Sigmoid", "HardSigmoid", "Concat", "AveragePool", "GlobalAveragePool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RulePack:
+    """The rules of one target.
+
+    Attributes:
+        target: Its name.
+        style: "units": every integer operator stands between DQ and Q, which is what CPU runtimes fuse.
+            "inputs": only the inputs of convolutions and matrix products (and of residual additions) are
+            rounded, and the compiler finds the rest. "weights": only weights are integers.
+        activation: Number format of activations.
+        weight: Number format of weights.
+        per_channel: One weight scale for each output channel.
+        integer_bias: Biases are int32.
+        float_operators: Operators with weights that stay float there -> why.
+        followers: For "units": operators that stay on integers between convolutions.
+        clips: Operators that are folded into the range of the value that they make.
+        float_results: Matrix products whose integer kernel can return float32: no Q behind the last one.
+        constant_operands: Whether an addition or product with a constant is done on integers, constant included.
+        float_gates: Whether the small convolutions and products of squeeze-and-excitation gates stay float.
+        residual: "both": both inputs of an addition are integers. "shortcut": only the shortcut, so that the
+            addition fuses into the convolution on its other input.
+        tie_concat: Whether all values joined by a Concat share one scale.
+        min_product: Matrix products with fewer rows or columns of weights than this stay float.
+        grouped_multiple: Grouped convolutions with output channels that are no multiple of this stay float.
+        grouped_kernel: Grouped convolutions with a smaller kernel stay float.
+        first_multiple: A first layer stays float unless its input or output channels are a multiple of this.
+        note: What a user should know before quantizing for this target.
+    """
+
+    target: str
+    style: Literal["units", "inputs", "weights"]
+    activation: NumberFormat
+    weight: NumberFormat = field(default=NumberFormat(dtype="int8", symmetric=True))
+    per_channel: bool = True
+    integer_bias: bool
+    float_operators: Mapping[str, str] = field(default_factory=dict)
+    followers: frozenset[str] = frozenset()
+    clips: frozenset[str] = frozenset({"Relu", "Clip"})
+    float_results: frozenset[str] = frozenset()
+    constant_operands: bool = False
+    float_gates: bool = False
+    residual: Literal["both", "shortcut"] = "both"
+    tie_concat: bool = False
+    min_product: int = 1
+    grouped_multiple: int = 1
+    grouped_kernel: int = 1
+    first_multiple: int = 1
+    note: str = ""
+
+
+_CPU = RulePack(
+    target="cpu",
+    style="units",
+    activation=NumberFormat(dtype="uint8"),
+    integer_bias=True,
+    float_operators={"ConvTranspose": "no integer kernel"},
+    followers=CPU_FOLLOWERS,
+    float_results=frozenset({"Gemm", "MatMul"}),
+)
+
+_TENSORRT = RulePack(
+    target="tensorrt",
+    style="inputs",
+    activation=NumberFormat(dtype="int8", symmetric=True),
+    integer_bias=False,
+    float_operators={"ConvTranspose": "INT8 deconvolutions are restricted; measure before quantizing one"},
+    float_gates=True,
+    residual="shortcut",
+    tie_concat=True,
+    min_product=16,
+    grouped_multiple=8,
+    grouped_kernel=3,
+    first_multiple=8,
+)
+
+PACKS: Mapping[str, RulePack] = {
+    pack.target: pack
+    for pack in (
+        _CPU,
+        replace(_CPU, target="onnxruntime-cpu"),
+        replace(_CPU, target="openvino"),
+        replace(
+            _TENSORRT,
+            target="onnxruntime-cuda",
+            note="the CUDA provider has no integer convolution; only its TensorRT provider gains from Q/DQ",
+        ),
+        _TENSORRT,
+        replace(
+            _TENSORRT,
+            target="tensorrt-rtx",
+            float_operators={
+                **_TENSORRT.float_operators,
+                "Conv": "TensorRT-RTX does not accelerate INT8 convolutions",
+            },
+            note="TensorRT-RTX does not accelerate INT8 convolutions; FP16 is the faster choice there",
+        ),
+    )
+}
+
+
+def get(target: str, isa: Isa | None = None) -> RulePack:
+    """The rules of a target, with the number formats that suit a CPU's 8-bit arithmetic.
+
+    Args:
+        target: "cpu" (both CPU runtimes), "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt" or
+            "tensorrt-rtx".
+        isa: The CPU that the graph will run on, for CPU targets; one with a dot product by default. x86 wants
+            U8S8 (7-bit weights where it saturates), others S8S8.
+
+    Raises:
+        RecipeError: there is no such target; names the nearest.
+    """
+    if target not in PACKS:
+        raise RecipeError(f'target: no placement rules for "{target}"; {nearest(target, PACKS)}')
+    pack = PACKS[target]
+    if pack.style != "units" or isa is None:
+        return pack
+    return replace(
+        pack,
+        activation=NumberFormat(dtype="uint8" if isa.x86 else "int8"),
+        weight=replace(pack.weight, reduced=isa.saturates),
+    )
+
+
+def weights_only(pack: RulePack, dtype: Literal["int8", "int4"] = "int8") -> RulePack:
+    """``pack`` for smaller files: weights as integers, everything computed in float."""
+    return replace(
+        pack, weight=NumberFormat(dtype=dtype, symmetric=True), style="weights", integer_bias=False
+    )
