@@ -12,7 +12,7 @@ import pytest
 import deploycnn
 
 PACKAGE = Path(deploycnn.__file__).parent
-LIBRARIES = {"pruning", "quantization", "graph", "models", "data", "tasks", "training"}
+LIBRARIES = {"pruning", "quantization", "graph", "models", "data", "tasks", "training", "engines"}
 COMMON = {"core", "errors", "optional", "registry", "files", "targets"}
 
 #: Room -> rooms of this package that it may import at any level of its code.

@@ -1,0 +1,283 @@
+"""ONNX to engine: one function, cancellable, whose every failure names a node or a setting."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from deploycnn.core import ProgressFn, no_progress
+from deploycnn.engines import checks, failures
+from deploycnn.engines.device import Gpu
+from deploycnn.engines.flavour import Flavour
+from deploycnn.engines.log import Log, listening
+from deploycnn.engines.settings import BuildSettings, EngineRecord
+from deploycnn.errors import ArtifactError, PassRequirementError
+from deploycnn.graph.model import load_onnx, runtime_inputs, shape_of
+
+#: How often the waiting thread looks whether it was interrupted.
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """An engine that was built.
+
+    Attributes:
+        plan: Content of the engine file.
+        record: Where it may run.
+        log: All that TensorRT said.
+        timing_cache: For the next build, where the flavour has one.
+    """
+
+    plan: bytes
+    record: EngineRecord
+    log: Log
+    timing_cache: bytes | None
+
+
+def build(
+    path: Path,
+    flavour: Flavour,
+    settings: BuildSettings,
+    *,
+    gpu: Gpu | None,
+    timing_cache: bytes = b"",
+    progress: ProgressFn = no_progress,
+    log: Log | None = None,
+) -> Built:
+    """Build an engine from the ONNX file ``path``; Ctrl-C stops at the next step of the builder.
+
+    Args:
+        path: Float or Q/DQ graph; its types are the engine's types.
+        flavour: Which TensorRT.
+        settings: What is asked for.
+        gpu: The GPU of this machine, ``None`` where there is none.
+        timing_cache: What an earlier build on this GPU with this version gave.
+        progress: Told of the builder's own progress.
+        log: Where TensorRT's messages go; kept by the caller even where the build fails.
+
+    Raises:
+        PassRequirementError: the graph or a setting does not fit; names the node, layer or setting.
+        RuntimeUnavailable: this flavour needs a GPU for it.
+        ArtifactError: the file cannot be read, or device memory ran out.
+        KeyboardInterrupt: the user interrupted.
+    """
+    model = load_onnx(path)
+    check(model, path.name, flavour, settings)
+    kept = log if log is not None else Log()
+    with listening(kept):
+        plan, cache = _Build(path, model, flavour, settings, gpu, kept, progress).run(timing_cache)
+    ahead = flavour.is_rtx
+    record = EngineRecord(
+        flavour=flavour.name,
+        version=flavour.version,
+        gpu="" if ahead or gpu is None else gpu.name,
+        capability="" if ahead or gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}",
+        compute_capabilities=settings.compute_capabilities,
+        hardware_compatibility=settings.hardware_compatibility,
+        version_compatible=settings.version_compatible,
+        weight_stripped=settings.weight_stripped,
+        batch=batch_of(model, settings),
+        onnx_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+    return Built(plan=plan, record=record, log=kept, timing_cache=cache)
+
+
+def check(model: ModelProto, what: str, flavour: Flavour, settings: BuildSettings) -> None:
+    """Refuse what cannot give an engine, before the builder is started.
+
+    Raises:
+        PassRequirementError: names the node or setting.
+    """
+    smallest, best, largest = settings.batch
+    if not 1 <= smallest <= best <= largest:
+        raise PassRequirementError(
+            f"build_engine: min_batch {smallest}, opt_batch {best}, max_batch {largest} must grow, from 1 at least"
+        )
+    checks.check_opset(model, what)
+    checks.check_quantization(model, what)
+    if settings.sparse_weights and not checks.sparse_weights(model):
+        raise PassRequirementError(
+            f"build_engine: sparse_weights: no weight of {what} has the 2:4 pattern (two zeros among each four "
+            f"input channels), so {flavour.name} would have nothing to use; leave sparse_weights out"
+        )
+
+
+def batch_of(model: ModelProto, settings: BuildSettings) -> tuple[int, int, int]:
+    """Batches that the engine takes: the graph's own where it is fixed."""
+    shape = shape_of(runtime_inputs(model)[0]) or (None,)
+    fixed = shape[0]
+    return settings.batch if fixed is None else (fixed, fixed, fixed)
+
+
+class _Build:
+    def __init__(
+        self,
+        path: Path,
+        model: ModelProto,
+        flavour: Flavour,
+        settings: BuildSettings,
+        gpu: Gpu | None,
+        log: Log,
+        progress: ProgressFn,
+    ) -> None:
+        self.path = path
+        self.model = model
+        self.flavour = flavour
+        self.settings = settings
+        self.gpu = gpu
+        self.log = log
+        self.stop = threading.Event()
+        self.phases = _Phases(progress)
+        self.result: tuple[bytes | None, bytes | None] = (None, None)
+        self.error: BaseException | None = None
+
+    def run(self, timing_cache: bytes) -> tuple[bytes, bytes | None]:
+        """Build in a thread of its own: TensorRT does not pass a KeyboardInterrupt on, so this one waits for it."""
+        worker = threading.Thread(target=self._work, args=(timing_cache,), name="build_engine", daemon=True)
+        worker.start()
+        interrupted = False
+        while worker.is_alive():
+            try:
+                worker.join(_POLL_S)
+            except KeyboardInterrupt:
+                interrupted = True
+                self.stop.set()
+        if interrupted or (self.stop.is_set() and failures.was_cancelled(self.log)):
+            raise KeyboardInterrupt
+        if self.error is not None:
+            raise self.error
+        plan, cache = self.result
+        if plan is None:
+            raise failures.build_error(
+                self.log, self.path.name, self.flavour, self.settings, has_gpu=self.gpu is not None
+            )
+        return plan, cache
+
+    def _work(self, timing_cache: bytes) -> None:
+        try:
+            self.result = self._build(timing_cache)
+        except BaseException as error:
+            self.error = error
+
+    def _build(self, timing_cache: bytes) -> tuple[bytes | None, bytes | None]:
+        trt = self.flavour.module
+        builder = trt.Builder(self.flavour.logger)
+        network = self.flavour.network(builder)
+        parser = trt.OnnxParser(network, self.flavour.logger)
+        if not parser.parse(self.path.read_bytes(), str(self.path)):
+            found = [parser.get_error(index) for index in range(parser.num_errors)]
+            refused = [
+                failures.ParserFailure(node=item.node_name(), operator=item.node_operator(), why=item.desc())
+                for item in found
+            ]
+            raise failures.parser_error(refused, self.path.name, self.flavour)
+        config = builder.create_builder_config()
+        self._configure(config)
+        config.add_optimization_profile(self._profile(builder, network))
+        self.flavour.attach_timing_cache(config, timing_cache)
+        # The monitor must outlive the build, so it has a name.
+        monitor = self.flavour.progress_monitor(self.phases.start, self._step, self.phases.finish)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+        return (None if plan is None else bytes(plan)), self.flavour.timing_cache(config)
+
+    def _configure(self, config: Any) -> None:
+        settings, trt = self.settings, self.flavour.module
+        config.builder_optimization_level = settings.optimization_level
+        config.profiling_verbosity = getattr(trt.ProfilingVerbosity, settings.profiling_verbosity.upper())
+        if settings.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+        self.flavour.set_tf32(config, settings.tf32)
+        self.flavour.set_capabilities(config, settings.compute_capabilities)
+        self.flavour.set_compatibility(
+            config, hardware=settings.hardware_compatibility, version=settings.version_compatible
+        )
+        for flag, wanted in (
+            ("REFIT", settings.refittable or settings.weight_stripped),
+            ("STRIP_PLAN", settings.weight_stripped),
+            ("SPARSE_WEIGHTS", settings.sparse_weights),
+        ):
+            if wanted:
+                config.set_flag(self.flavour.flag(flag))
+
+    def _profile(self, builder: Any, network: Any) -> Any:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            shape = tuple(tensor.shape)
+            if -1 in shape[1:]:
+                raise PassRequirementError(
+                    f'build_engine: input "{tensor.name}" of {self.path.name} is {list(shape)}: axes other than the '
+                    "batch are dynamic; export with a fixed image size"
+                )
+            if shape and shape[0] == -1:
+                profile.set_shape(tensor.name, *((batch, *shape[1:]) for batch in self.settings.batch))
+        return profile
+
+    def _step(self, phase: str, step: int) -> bool:
+        self.phases.step(phase, step)
+        return not self.stop.is_set()
+
+
+class _Phases:
+    """The builder's nested phases as one number between 0 and 1."""
+
+    def __init__(self, progress: ProgressFn) -> None:
+        self.progress = progress
+        self.lock = threading.Lock()
+        #: Phase -> [parent, steps, steps done].
+        self.open: dict[str, tuple[str | None, int, int]] = {}
+        self.reached = 0.0
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        with self.lock:
+            self.open[phase] = (parent, max(1, steps), 0)
+
+    def step(self, phase: str, step: int) -> None:
+        with self.lock:
+            if phase not in self.open:
+                return
+            parent, steps, _ = self.open[phase]
+            self.open[phase] = (parent, steps, min(step + 1, steps))
+            # Phases come and go; what is shown only grows.
+            self.reached = max(self.reached, self._fraction())
+            self.progress(self.reached, 1.0, phase.lower())
+
+    def finish(self, phase: str) -> None:
+        with self.lock:
+            self.open.pop(phase, None)
+
+    def _fraction(self) -> float:
+        """Done of the outermost phase, with that of the phases within its current step."""
+        inner: dict[str | None, list[str]] = {}
+        for phase, (parent, _, _) in self.open.items():
+            inner.setdefault(parent, []).append(phase)
+        fraction, width, level = 0.0, 1.0, inner.get(None, [])
+        while level:
+            phase = level[-1]
+            _, steps, done = self.open[phase]
+            fraction += width * done / steps
+            width *= (1.0 if done < steps else 0.0) / steps
+            level = inner.get(phase, [])
+        return min(fraction, 1.0)
+
+
+def read_plan(path: Path) -> bytes:
+    """Content of an engine file.
+
+    Raises:
+        ArtifactError: it is missing, unreadable or empty.
+    """
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); name an engine file") from error
+    if not plan:
+        raise ArtifactError(f"{path}: the file is empty; build or copy it again")
+    return plan
