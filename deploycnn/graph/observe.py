@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def observe(
     *,
     threads: int = 1,
     progress: Callable[[int], None] = lambda _: None,
+    check_values: bool = True,
 ) -> int:
     """Run ``images`` through ``model``, show ``visit`` each of ``values``, and return the number of images.
 
@@ -74,9 +76,10 @@ def observe(
         model: With inferred shapes.
         values: Names of float32 values.
         images: Batches (N, C, H, W) of any size; regrouped here.
-        visit: Called once per value and run.
+        visit: Called once per value and run; with several threads, for several values at the same time.
         threads: CPU threads.
         progress: Called with the number of images done.
+        check_values: Refuse NaN and infinity; ``False`` where ``visit`` does (``refuse_not_finite``).
 
     Raises:
         PassRequirementError: an image or a value is NaN or infinite (named), or the images do not fit the
@@ -86,17 +89,25 @@ def observe(
     wanted = [value for value in dict.fromkeys(values) if value != name]
     run = evaluator(exposing(model, wanted), threads=threads, outputs=wanted)
     batch_size, fixed = _batch_size(model, wanted, shape[0])
+
+    def show(value: str, content: npt.NDArray[np.float32]) -> None:
+        if check_values:
+            _check_finite(model, value, content)
+        visit(value, content)
+
     done = 0
-    for batch, count in _regroup(images, batch_size, pad=fixed):
-        _check_images(batch, shape, name, first=done)
-        if name in values:
-            visit(name, batch[:count])
-        if wanted:
-            for value, content in zip(wanted, run(batch), strict=True):
-                _check_finite(model, value, content)
-                visit(value, content)
-        done += count
-        progress(done)
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for batch, count in _regroup(images, batch_size, pad=fixed):
+            _check_images(batch, shape, name, first=done)
+            if name in values:
+                visit(name, batch[:count])
+            if wanted:
+                contents = (_without_padding(content, len(batch), count) for content in run(batch))
+                # Taken from the iterator so that an exception of `show` arrives here.
+                for _ in pool.map(show, wanted, contents):
+                    pass
+            done += count
+            progress(done)
     return done
 
 
@@ -148,6 +159,11 @@ def _regroup(
         yield last, count
 
 
+def _without_padding(content: npt.NDArray[Any], batch: int, count: int) -> npt.NDArray[Any]:
+    """The first ``count`` images of a value whose first axis is the batch."""
+    return content[:count] if count < batch and content.ndim and len(content) == batch else content
+
+
 def _check_images(batch: npt.NDArray[Any], shape: tuple[int | None, ...], name: str, *, first: int) -> None:
     if (
         batch.dtype != np.float32
@@ -169,10 +185,21 @@ def _check_images(batch: npt.NDArray[Any], shape: tuple[int | None, ...], name: 
 
 def _check_finite(model: ModelProto, value: str, content: npt.NDArray[np.float32]) -> None:
     # min and max carry NaN along, and need no second array.
-    if content.size == 0 or (np.isfinite(content.min()) and np.isfinite(content.max())):
+    if content.size:
+        refuse_not_finite(model, value, (content.min(), content.max()))
+
+
+def refuse_not_finite(model: ModelProto, value: str, ends: tuple[Any, Any]) -> None:
+    """Refuse a value whose smallest or largest elements (numbers or arrays) are NaN or infinite.
+
+    Raises:
+        PassRequirementError: names the value and its node.
+    """
+    if all(np.isfinite(end).all() for end in ends):
         return
-    node = next(node for node in model.graph.node if value in node.output)
+    node = next((node for node in model.graph.node if value in node.output), None)
+    made_by = f' of node "{node.name}" ({node.op_type})' if node is not None else ""
     raise PassRequirementError(
-        f'value "{value}" of node "{node.name}" ({node.op_type}) is NaN or infinite on calibration images; '
+        f'value "{value}"{made_by} is NaN or infinite on calibration images; '
         "the model's weights are broken, or the images are not prepared as it expects"
     )

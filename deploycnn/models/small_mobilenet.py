@@ -6,6 +6,8 @@ two downsamplings left out, as is usual for 32x32 images. Module names are torch
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,13 @@ BLOCKS = (
     (6, 320, 1, 1),
 )
 LAST_CHANNELS = 1280
+
+
+def scaled(channels: int, width: float) -> int:
+    """``channels`` times ``width``, as a multiple of 8 that is at least 0.9 of it (the paper's code's rule)."""
+    wanted = channels * width
+    rounded = max(8, int(wanted + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * wanted else rounded
 
 
 def conv_bn_relu6(
@@ -56,16 +65,33 @@ class InvertedResidual(nn.Module):
 
 
 class SmallMobileNetV2(nn.Module):
-    """MobileNetV2 of width 1.0 and total stride 8. Input (N, in_channels, H, W) with H, W >= 8."""
+    """MobileNetV2. Input (N, in_channels, H, W) with H, W >= ``total_stride``.
 
-    def __init__(self, *, num_classes: int = 10, in_channels: int = 3) -> None:
+    Args:
+        width: Factor on the channels of all layers but the last convolution, which is never narrowed.
+        total_stride: 8: the paper's first two downsamplings are left out; 16: only the first.
+        num_classes: Outputs.
+        in_channels: Image channels.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: float = 1.0,
+        total_stride: Literal[8, 16] = 8,
+        num_classes: int = 10,
+        in_channels: int = 3,
+    ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [conv_bn_relu6(in_channels, 32)]
-        channels = 32
-        for expansion, width, repeats, stride in BLOCKS:
+        channels = scaled(32, width)
+        layers: list[nn.Module] = [conv_bn_relu6(in_channels, channels)]
+        blocks = list(BLOCKS)
+        blocks[1] = (*BLOCKS[1][:3], total_stride // 8)
+        for expansion, block_channels, repeats, stride in blocks:
             for index in range(repeats):
-                layers.append(InvertedResidual(channels, width, stride if index == 0 else 1, expansion))
-                channels = width
+                wide = scaled(block_channels, width)
+                layers.append(InvertedResidual(channels, wide, stride if index == 0 else 1, expansion))
+                channels = wide
         layers.append(conv_bn_relu6(channels, LAST_CHANNELS, 1))
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)

@@ -11,11 +11,13 @@ from torch import nn
 from deploycnn.errors import SourceError, nearest
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.models.lenet import LeNet5
+from deploycnn.models.small_efficientnet import SmallEfficientNet
 from deploycnn.models.small_mobilenet import SmallMobileNetV2
 from deploycnn.models.small_vgg import SmallVGG16BN
 
 #: Name -> builder with the keyword arguments ``num_classes`` and ``in_channels``. A trailing ``b`` means
-#: projection shortcuts (option B) in place of zero channels (option A).
+#: projection shortcuts (option B) in place of zero channels (option A); ``x0_5`` half the width; ``s16`` a total
+#: stride of 16 in place of 8.
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         "lenet5": LeNet5,
@@ -23,6 +25,9 @@ BUILDERS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         **{f"resnet{depth}b": partial(CifarResNet, depth, option="B") for depth in (20, 32, 44, 56, 110)},
         "vgg16_bn": SmallVGG16BN,
         "mobilenet_v2": SmallMobileNetV2,
+        "mobilenet_v2_x0_5": partial(SmallMobileNetV2, width=0.5),
+        "mobilenet_v2_x0_5_s16": partial(SmallMobileNetV2, width=0.5, total_stride=16),
+        "efficientnet": SmallEfficientNet,
     }
 )
 

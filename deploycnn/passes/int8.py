@@ -30,8 +30,9 @@ class Int8(Pass):
     uses_target: ClassVar[bool] = True
 
     calibrator: Annotated[
-        Literal["minmax", "entropy", "percentile"],
-        "Range of activations: all values seen, that of least KL divergence, or all but the outermost.",
+        Literal["minmax", "moving_average", "percentile", "entropy", "mse"],
+        "Range of activations: all values seen, each image's ends averaged, all but the outermost values, least "
+        "KL divergence, or least squared error.",
     ] = "minmax"
     percentile: Annotated[
         float,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from deploycnn.core import Json
 
-Calibrator = Literal["minmax", "entropy", "percentile"]
+Calibrator = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +16,7 @@ class Int8Settings:
     """Settings of ``quantize_static``.
 
     Attributes:
-        calibrator: How a value's range is chosen from what calibration saw: all of it, the range whose
-            quantized distribution is nearest by KL divergence, or all but the outermost share.
+        calibrator: How a value's range is chosen from what calibration saw (see ``ranges.choose_range``).
         percentile: For ``percentile``: share of values, in percent, that each end of the range must cover.
         per_channel: One weight scale per output channel instead of one per layer.
         reduce_range: 7-bit weights, for x86 CPUs whose 8-bit multiply-add saturates (no VNNI).

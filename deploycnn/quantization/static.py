@@ -24,15 +24,15 @@ from deploycnn.graph.model import (
     save_onnx,
 )
 from deploycnn.graph.names import name_nodes
-from deploycnn.graph.observe import image_input, observe
+from deploycnn.graph.observe import image_input
 from deploycnn.graph.opset import raise_opset
 from deploycnn.optional import require
+from deploycnn.quantization import calibration as calibrating
 from deploycnn.quantization import packs
 from deploycnn.quantization.fusion import count_fused
-from deploycnn.quantization.insertion import MIN_OPSET, build, ranges_needed
+from deploycnn.quantization.insertion import MIN_OPSET, build
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.ranges import Statistics, choose_range
 from deploycnn.quantization.settings import Int8Settings, QuantizationRecord
 from deploycnn.quantization.types import NumberFormat, Plan, Ranges
 
@@ -143,19 +143,12 @@ def calibrate(
     Raises:
         PassRequirementError: no images, or NaN or infinity in them or in a value (named).
     """
-    values = list(ranges_needed(plan))
-    statistics = {name: Statistics(histogram=settings.calibrator != "minmax") for name in values}
-    images = observe(
+    seen = calibrating.calibrate(
         model,
-        values,
         calibration,
-        lambda name, content: statistics[name].update(content),
+        values=calibrating.values_of(plan),
+        histograms=settings.calibrator not in {"minmax", "moving_average"},
         threads=settings.threads,
         progress=progress,
     )
-    if not images:
-        raise PassRequirementError("no calibration images; give data with a non-empty training split")
-    return {
-        name: choose_range(summary, settings.calibrator, settings.percentile)
-        for name, summary in statistics.items()
-    }, images
+    return calibrating.choose_ranges(plan, seen, settings.calibrator, settings.percentile), seen.images

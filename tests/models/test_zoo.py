@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 
 from deploycnn.errors import SourceError
-from deploycnn.models import zoo
+from deploycnn.models import small_efficientnet, zoo
 from deploycnn.models.cifar_resnet import CifarResNet, PadShortcut
 from deploycnn.models.macs import count_macs, count_params
 from tests.models.akamaster_resnet20 import KEYS
@@ -38,6 +39,7 @@ def test_parameters_as_in_table_6_of_he_et_al(name, millions):
         ),  # 0.86 M and 125.75 M with projection shortcuts (chenyaofo's table)
         ("resnet20b", 272_474, 40_813_184),  # 0.27 M and 40.81 M, same table
         ("mobilenet_v2", 2_236_682, 87_976_448),  # 2.24 M and 87.98 M, same table
+        ("mobilenet_v2_x0_5", 700_490, 27_969_024),  # 0.70 M and 27.97 M, same table
     ],
 )
 def test_published_sizes(name, params, macs):
@@ -54,13 +56,55 @@ def test_vgg16_bn_has_the_convolutions_of_configuration_d():
     assert count_macs(model, (3, 32, 32)) == pytest.approx(313.2e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lenet5", "resnet20", "resnet20b", "resnet32", "vgg16_bn", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lenet5",
+        "resnet20",
+        "resnet20b",
+        "resnet32",
+        "vgg16_bn",
+        "mobilenet_v2",
+        "mobilenet_v2_x0_5_s16",
+        "efficientnet",
+    ],
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_builds_for_other_classes_and_channels(name, training):
     model = zoo.build(name, num_classes=7, in_channels=1).train(training)
     logits = model(torch.rand(2, 1, 32, 32))
     assert logits.shape == (2, 7)
     assert torch.isfinite(logits).all()
+
+
+def test_efficientnet_is_made_of_what_torchvision_makes_it_of():
+    """Stem, MBConv blocks and head have the parameters of torchvision's for the same settings."""
+    settings = [
+        MBConvConfig(expansion, kernel, stride, first, channels, repeats, 1.0, 1.0)
+        for (expansion, channels, repeats, stride, kernel), first in zip(
+            small_efficientnet.BLOCKS, (small_efficientnet.STEM_CHANNELS, 16, 24, 48), strict=True
+        )
+    ]
+    theirs = EfficientNet(
+        settings, dropout=0.2, num_classes=10, last_channel=small_efficientnet.LAST_CHANNELS
+    )
+    ours = zoo.build("efficientnet")
+    shapes = sorted(tuple(p.shape) for p in ours.parameters())
+    assert shapes == sorted(tuple(p.shape) for p in theirs.parameters())
+    assert sum(isinstance(module, nn.SiLU) for module in ours.modules()) == sum(
+        isinstance(module, nn.SiLU) for module in theirs.modules()
+    )
+    # The same but for the stem, which keeps the size here: 32 pixels as their 64.
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    theirs.features[0][0].stride = (1, 1)
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+def test_the_strides_of_the_small_mobilenet():
+    images = torch.rand(1, 3, 32, 32)
+    assert zoo.build("mobilenet_v2_x0_5").features(images).shape[-2:] == (4, 4)
+    assert zoo.build("mobilenet_v2_x0_5_s16").features(images).shape[-2:] == (2, 2)
 
 
 def test_unknown_model_names_the_nearest():

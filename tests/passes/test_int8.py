@@ -94,7 +94,7 @@ def test_what_int8_cannot_do_is_refused(exported: Artifact, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"calibrator": "mse"}, {"percentile": 101.0}, {"calibration_images": 0}, {"activations": "int4"}],
+    [{"calibrator": "mode"}, {"percentile": 101.0}, {"calibration_images": 0}, {"activations": "int4"}],
 )
 def test_fields_out_of_range_are_refused(options) -> None:
     with pytest.raises(RecipeError, match=next(iter(options))):

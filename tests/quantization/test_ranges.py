@@ -8,38 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploycnn.quantization.isa import detect_isa
-from deploycnn.quantization.ranges import BINS, Statistics, choose_range, entropy_range, percentile_range
+from deploycnn.quantization.ranges import choose_range, entropy_range, mse_range, percentile_range
+from deploycnn.quantization.types import NumberFormat
+from tests.quantization.summaries import summarize
 
-
-def summarize(*batches: np.ndarray) -> Statistics:
-    statistics = Statistics(histogram=True)
-    for batch in batches:
-        statistics.update(batch.astype(np.float32))
-    return statistics
-
-
-@given(st.integers(0, 2**16), st.floats(1e-6, 1e6), st.integers(2, 6))
-@settings(max_examples=50, deadline=None)
-def test_the_histogram_does_not_depend_on_order_or_batches(seed: int, spread: float, parts: int) -> None:
-    values = (np.random.default_rng(seed).standard_normal(600) * spread).astype(np.float32)
-    values[:50] = 0
-    whole = summarize(values)
-    pieces = summarize(
-        *np.array_split(np.sort(np.abs(values)) * np.sign(values[np.argsort(np.abs(values))]), parts)
-    )
-    assert whole.exponent == pieces.exponent
-    assert whole.zeros == pieces.zeros == 50
-    assert np.array_equal(whole.counts, pieces.counts)
-    assert (whole.low, whole.high) == (min(values.min(), 0), max(values.max(), 0))
-
-
-def test_bins_hold_the_values_that_they_say() -> None:
-    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
-    statistics = summarize(*np.array_split(values, 7))
-    edges = np.arange(-BINS, BINS + 1) * statistics.bin_width
-    expected, _ = np.histogram(values.astype(np.float64), edges)
-    assert np.array_equal(statistics.counts, expected)
-    assert 2 * np.abs(values).max() >= edges[-1] >= np.abs(values).max()
+FORMATS = [
+    NumberFormat(),
+    NumberFormat(reduced=True),
+    NumberFormat(dtype="int8", symmetric=True),
+    NumberFormat(dtype="int8"),
+    NumberFormat(dtype="uint8", symmetric=True),
+    NumberFormat(dtype="uint4"),
+]
 
 
 def test_percentiles_agree_with_numpy() -> None:
@@ -94,23 +74,84 @@ def test_entropy_of_signed_values_clips_both_ends() -> None:
     assert 2 < high < 40
 
 
-def test_the_three_calibrators_differ() -> None:
+def test_the_calibrators_differ() -> None:
     values = np.concatenate([np.random.default_rng(7).standard_normal(100_000), [50.0]])
     statistics = summarize(values)
-    minmax = choose_range(statistics, "minmax")
-    percentile = choose_range(statistics, "percentile", 99.99)
-    entropy = choose_range(statistics, "entropy")
-    assert minmax[1] == 50
-    assert len({minmax, percentile, entropy}) == 3
-    assert max(percentile[1], entropy[1]) < 25
+    found = {
+        "minmax": choose_range(statistics, "minmax"),
+        "moving_average": choose_range(statistics, "moving_average"),
+        "percentile": choose_range(statistics, "percentile", 99.99),
+        "entropy": choose_range(statistics, "entropy"),
+        "mse": choose_range(statistics, "mse", number=NumberFormat(dtype="int4", symmetric=True)),
+    }
+    assert found["minmax"][1] == 50
+    assert len(set(found.values())) == len(found)
+    assert max(bounds[1] for name, bounds in found.items() if name != "minmax") < 25
 
 
-@pytest.mark.parametrize("calibrator", ["minmax", "entropy", "percentile"])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("number", [FORMATS[0], FORMATS[2]])
+def test_entropy_is_not_minmax(spread: float, number: NumberFormat) -> None:
+    """Tools whose histogram has no more bins than levels find the whole range best, always."""
+    values = np.maximum(np.random.default_rng(8).standard_t(5, 200_000), 0) * spread
+    statistics = summarize(values)
+    assert 0.1 * statistics.high < entropy_range(statistics, number)[1] < 0.8 * statistics.high
+
+
+def rounded(values: np.ndarray, bounds: tuple[float, float], number: NumberFormat) -> np.ndarray:
+    """Quantize and dequantize element by element, by the formula of ONNX's QuantizeLinear."""
+    scale, zero_point = number.scale_and_zero_point(bounds)
+    integers = np.clip(np.rint(values / float(scale)) + zero_point, number.qmin, number.qmax)
+    return (integers - zero_point) * float(scale)
+
+
+@given(st.integers(0, 2**16), st.sampled_from(FORMATS), st.floats(1.0, 12.0), st.floats(-2, 2))
+@settings(max_examples=40, deadline=None)
+def test_mse_is_never_worse_than_minmax(seed: int, number, tail: float, shift: float) -> None:
+    rng = np.random.default_rng(seed)
+    values = (rng.standard_t(tail, 4000) + shift).astype(np.float32)
+    statistics = summarize(values)
+    errors = {
+        name: float(
+            np.square(rounded(values, choose_range(statistics, name, number=number), number) - values).sum()
+        )
+        for name in ("minmax", "mse")
+    }
+    # The search sees the histogram, whose bins are an eighth of a level or less.
+    assert errors["mse"] <= errors["minmax"] * 1.02
+
+
+@pytest.mark.parametrize("number", FORMATS)
+def test_mse_is_as_good_as_a_brute_search_over_both_ends(number) -> None:
+    values = np.random.default_rng(11).standard_t(3, 5000).astype(np.float32)
+    values = np.where(values < 0, values * 0.2, values)
+    shares = np.geomspace(0.02, 1, 40)
+    best = min(
+        float(np.square(rounded(values, (values.min() * a, values.max() * b), number) - values).sum())
+        for a in shares
+        for b in shares
+    )
+    found = mse_range(summarize(values), number)
+    assert float(np.square(rounded(values, found, number) - values).sum()) < 1.03 * best
+
+
+def test_fewer_bits_clip_more() -> None:
+    statistics = summarize(np.random.default_rng(12).standard_normal(100_000))
+    eight, four = (
+        mse_range(statistics, NumberFormat(dtype=dtype, symmetric=True))[1] for dtype in ("int8", "int4")
+    )
+    # 3.9 and 2.6 standard deviations: Banner et al. 2019, table 1 in the Gaussian case.
+    assert four == pytest.approx(2.6, abs=0.3)
+    assert eight == pytest.approx(3.9, abs=0.3)
+
+
+@pytest.mark.parametrize("number", FORMATS)
+@pytest.mark.parametrize("calibrator", ["minmax", "moving_average", "percentile", "entropy", "mse"])
 @pytest.mark.parametrize(
     "values", [np.zeros(10), np.array([1e-30]), np.array([1e30, -1e30]), np.array([2.5] * 9)]
 )
-def test_odd_streams_have_a_range_that_holds_zero(calibrator, values: np.ndarray) -> None:
-    low, high = choose_range(summarize(values, np.zeros(0)), calibrator, 99.0)
+def test_odd_streams_have_a_range_that_holds_zero(calibrator, number, values: np.ndarray) -> None:
+    low, high = choose_range(summarize(values, np.zeros(0)), calibrator, 99.0, number)
     assert low <= 0 <= high
     assert np.isfinite([low, high]).all()
 

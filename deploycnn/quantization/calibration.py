@@ -1,0 +1,121 @@
+"""Watch a model on calibration images once; choose ranges for any number of plans afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto
+
+from deploycnn.errors import PassRequirementError
+from deploycnn.graph.observe import float_values, observe, refuse_not_finite
+from deploycnn.quantization import statistics
+from deploycnn.quantization.insertion import ranges_needed
+from deploycnn.quantization.ranges import choose_range
+from deploycnn.quantization.settings import Calibrator
+from deploycnn.quantization.statistics import Statistics
+from deploycnn.quantization.types import Plan, Range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What was seen: independent of any target, so that one serves all.
+
+    Attributes:
+        images: How many.
+        values: Name of each value -> its summary.
+    """
+
+    images: int
+    values: Mapping[str, Statistics]
+
+    def save(self, path: Path) -> None:
+        """Write to one ``.npz`` file."""
+        statistics.save(path, self.values)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what :meth:`save` wrote."""
+        values = statistics.load(path)
+        return cls(images=max((summary.images for summary in values.values()), default=0), values=values)
+
+
+def calibrate(
+    model: ModelProto,
+    images: Iterable[npt.NDArray[np.float32]],
+    *,
+    values: Sequence[str] | None = None,
+    histograms: bool = True,
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Calibration:
+    """Stream ``images`` through ``model`` and sum up its values.
+
+    Memory depends on the model alone: one batch of its values, and a summary of fixed size for each.
+
+    Args:
+        model: Float, with inferred shapes.
+        images: Batches of preprocessed images (N, C, H, W); streamed once, never held together.
+        values: Names of the values to sum up: ``values_of`` the plans. All float values by default.
+        histograms: Whether more than "minmax" and "moving_average" will be asked for.
+        threads: CPU threads.
+        progress: Called with the number of images done.
+
+    Raises:
+        PassRequirementError: no images; images of another size or type than the input takes; NaN or infinity in
+            an image or in a value (the node is named).
+    """
+    wanted = float_values(model) if values is None else list(values)
+    summaries = {name: Statistics(histogram=histograms) for name in wanted}
+
+    def visit(name: str, content: npt.NDArray[np.float32]) -> None:
+        ends = statistics.extremes(content)
+        refuse_not_finite(model, name, ends)
+        summaries[name].update(content, ends)
+
+    count = observe(model, wanted, images, visit, threads=threads, progress=progress, check_values=False)
+    if not count:
+        raise PassRequirementError("no calibration images; give data with a non-empty training split")
+    return Calibration(images=count, values=summaries)
+
+
+def values_of(*plans: Plan) -> list[str]:
+    """Values whose ranges the plans leave to calibration, each once."""
+    return list(dict.fromkeys(value for plan in plans for value in ranges_needed(plan)))
+
+
+def choose_ranges(
+    plan: Plan, calibration: Calibration, calibrator: Calibrator = "minmax", percentile: float = 99.999
+) -> dict[str, Range]:
+    """A range for every activation of ``plan``; tied values get one that suits them all together.
+
+    Args:
+        plan: Its number format decides which range is best.
+        calibration: Must hold ``values_of(plan)``.
+        calibrator: See ``ranges.choose_range``.
+        percentile: Likewise.
+    """
+    groups: dict[str, list[str]] = {}
+    for activation in plan.activations:
+        if activation.fixed is None:
+            groups.setdefault(activation.tied or activation.value, []).append(activation.value)
+    found = {
+        name: choose_range(
+            statistics.merged([calibration.values[member] for member in members])
+            if len(members) > 1
+            else calibration.values[members[0]],
+            calibrator,
+            percentile,
+            plan.activation,
+        )
+        for name, members in groups.items()
+    }
+    return {
+        activation.value: activation.fixed
+        if activation.fixed is not None
+        else found[activation.tied or activation.value]
+        for activation in plan.activations
+    }
