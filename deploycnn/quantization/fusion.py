@@ -1,14 +1,16 @@
-"""What onnxruntime makes of a Q/DQ graph: counted on the graph that it really runs."""
+"""What a runtime makes of a Q/DQ graph: counted on the graph that it really runs, and told layer by layer."""
 
 from __future__ import annotations
 
 import collections
+import re
 import tempfile
 from pathlib import Path
 
 from deploycnn.graph.model import load_onnx
 from deploycnn.optional import require
 from deploycnn.quantization.settings import FusedCounts
+from deploycnn.quantization.structure import COMPUTE
 
 #: onnxruntime's names for float convolutions and matrix products, whatever layout they were moved to.
 FLOAT_COMPUTE = frozenset(
@@ -25,9 +27,31 @@ FLOAT_COMPUTE = frozenset(
     }
 )
 
+#: Integer operators of onnxruntime whose names do not begin with "QLinear".
+_INTEGER = frozenset({"QGemm", "QAttention", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"})
+
+#: onnxruntime names what it moved to another layout ``<name>_token_<number>``.
+_TOKEN = re.compile(r"_token_\d+$")
+
+#: OpenVINO's layer types with weights, and what is left of Q/DQ that it could not fuse.
+_OPENVINO_COMPUTE = frozenset({"Convolution", "FullyConnected", "MatMul", "Deconvolution"})
+_OPENVINO_STRAY = frozenset({"FakeQuantize", "Convert"})
+_OPENVINO_INTEGER = frozenset({"u8", "i8"})
+
+
+def census(path: Path, target: str) -> FusedCounts | None:
+    """Count on the runtime of a CPU target; ``None`` for a GPU, whose engines tell by their inspector.
+
+    Raises:
+        RuntimeUnavailable: the target's runtime is not installed.
+    """
+    if target == "openvino":
+        return count_fused_openvino(path)
+    return count_fused(path) if target in {"cpu", "onnxruntime-cpu"} else None
+
 
 def count_fused(path: Path) -> FusedCounts:
-    """Optimize the model as onnxruntime does when it loads it, and count what came out.
+    """Optimize the model as onnxruntime does when it loads it on the CPU, and count what came out.
 
     Raises:
         RuntimeUnavailable: onnxruntime is not installed.
@@ -41,15 +65,57 @@ def count_fused(path: Path) -> FusedCounts:
         options.intra_op_num_threads = 1
         options.optimized_model_filepath = str(optimized)
         runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        model = load_onnx(optimized)
-    operators = collections.Counter(node.op_type for node in model.graph.node)
+        nodes = load_onnx(optimized).graph.node
+    operators = collections.Counter(node.op_type for node in nodes)
+    found = {node.name: node.op_type for node in nodes}
+    for node in nodes:
+        found.setdefault(_TOKEN.sub("", node.name), node.op_type)
     return FusedCounts(
-        quantized=sum(
-            n
-            for name, n in operators.items()
-            if name.startswith("QLinear") or name in {"QGemm", "QAttention"}
-        ),
+        runtime="onnxruntime",
+        quantized=sum(count for name, count in operators.items() if _is_integer(name)),
         stray=operators["QuantizeLinear"] + operators["DequantizeLinear"],
         float_compute=sum(operators[name] for name in FLOAT_COMPUTE),
         by_operator=dict(sorted(operators.items())),
+        layers={name: _is_integer(found[name]) for name in _layers(path) if name in found},
     )
+
+
+def count_fused_openvino(path: Path) -> FusedCounts:
+    """Compile the model as OpenVINO does on the CPU in f32, and count the layers that it executes.
+
+    Raises:
+        RuntimeUnavailable: OpenVINO is not installed.
+    """
+    openvino = require("openvino")
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    )
+    types: collections.Counter[str] = collections.Counter()
+    quantized = stray = floats = 0
+    found: dict[str, bool] = {}
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: str(value.astype(str)) for key, value in op.get_rt_info().items()}
+        kind, integer = info.get("layerType", ""), info.get("runtimePrecision") in _OPENVINO_INTEGER
+        types[kind] += 1
+        stray += kind in _OPENVINO_STRAY
+        if kind in _OPENVINO_COMPUTE:
+            quantized, floats = quantized + integer, floats + (not integer)
+            found.update(dict.fromkeys(info.get("originalLayersNames", "").split(","), integer))
+    return FusedCounts(
+        runtime="openvino",
+        quantized=quantized,
+        stray=stray,
+        float_compute=floats,
+        by_operator=dict(sorted(types.items())),
+        layers={name: found[name] for name in _layers(path) if name in found},
+    )
+
+
+def _layers(path: Path) -> list[str]:
+    """Names of the convolutions and matrix products of a model, in graph order."""
+    return [node.name for node in load_onnx(path).graph.node if node.op_type in COMPUTE]
+
+
+def _is_integer(op_type: str) -> bool:
+    return op_type.startswith("QLinear") or op_type in _INTEGER

@@ -19,7 +19,7 @@ from deploycnn.quantization.types import NumberFormat
 MOVERS = frozenset(
     {
         "MaxPool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice",
-        "DepthToSpace", "SpaceToDepth", "Resize",
+        "DepthToSpace", "SpaceToDepth", "Resize", "Tile",
     }
 )  # fmt: skip
 
@@ -46,8 +46,11 @@ class RulePack:
         float_operators: Operators with weights that stay float there -> why.
         followers: For "units": operators that stay on integers between convolutions.
         clips: Operators that are folded into the range of the value that they make.
+        epilogues: Activations (operators, and "SiLU") that the runtime computes within an integer convolution, so that
+            no Q/DQ belongs between.
         float_results: Matrix products whose integer kernel can return float32: no Q behind the last one.
-        constant_operands: Whether an addition or product with a constant is done on integers, constant included.
+        constant_operands: Which constants additions and products on integers may have: none, single numbers
+            (which 8 bits hold exactly), or any.
         float_gates: Whether the small convolutions and products of squeeze-and-excitation gates stay float.
         residual: "both": both inputs of an addition are integers. "shortcut": only the shortcut, so that the
             addition fuses into the convolution on its other input.
@@ -68,8 +71,9 @@ class RulePack:
     float_operators: Mapping[str, str] = field(default_factory=dict)
     followers: frozenset[str] = frozenset()
     clips: frozenset[str] = frozenset({"Relu", "Clip"})
+    epilogues: frozenset[str] = frozenset()
     float_results: frozenset[str] = frozenset()
-    constant_operands: bool = False
+    constant_operands: Literal["none", "scalar", "any"] = "none"
     float_gates: bool = False
     residual: Literal["both", "shortcut"] = "both"
     tie_concat: bool = False
@@ -88,6 +92,8 @@ _CPU = RulePack(
     float_operators={"ConvTranspose": "no integer kernel"},
     followers=CPU_FOLLOWERS,
     float_results=frozenset({"Gemm", "MatMul"}),
+    constant_operands="scalar",
+    tie_concat=True,
 )
 
 _TENSORRT = RulePack(
@@ -110,7 +116,12 @@ PACKS: Mapping[str, RulePack] = {
     for pack in (
         _CPU,
         replace(_CPU, target="onnxruntime-cpu"),
-        replace(_CPU, target="openvino"),
+        replace(
+            _CPU,
+            target="openvino",
+            followers=CPU_FOLLOWERS | {"HardSwish"},
+            epilogues=frozenset({"HardSwish", "SiLU"}),
+        ),
         replace(
             _TENSORRT,
             target="onnxruntime-cuda",

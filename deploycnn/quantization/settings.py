@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from deploycnn.core import Json
@@ -46,19 +46,24 @@ class Int8Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedCounts:
-    """What onnxruntime makes of a Q/DQ graph on this machine.
+    """What a runtime makes of a Q/DQ graph on this machine.
 
     Attributes:
-        quantized: Operators that compute on integers (``QLinearConv``, ``QGemm``, ...).
-        stray: ``QuantizeLinear`` and ``DequantizeLinear`` nodes left over.
+        quantized: Operators that compute on integers (``QLinearConv``, ``QGemm``, ...); for OpenVINO,
+            convolutions and matrix products that do.
+        stray: Q/DQ nodes left over.
         float_compute: Convolutions and matrix products left in float.
         by_operator: Count of every operator in the optimized graph.
+        runtime: "onnxruntime" or "openvino".
+        layers: Whether each convolution and matrix product of the file computes on integers, by node name.
     """
 
     quantized: int
     stray: int
     float_compute: int
     by_operator: Mapping[str, int]
+    runtime: str = "onnxruntime"
+    layers: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from deploycnn.graph.model import attribute, consumers, initializers, producers, runtime_inputs
 from deploycnn.quantization.packs import MOVERS
+from deploycnn.quantization.types import Range
 
 #: Operators with weights.
 COMPUTE = frozenset({"Conv", "Gemm", "MatMul"})
@@ -16,10 +17,15 @@ COMPUTE = frozenset({"Conv", "Gemm", "MatMul"})
 #: Operators with weights that no target here computes on integers.
 FLOAT_ONLY_COMPUTE = frozenset({"ConvTranspose"})
 
+ANY: Range = (float("-inf"), float("inf"))
+
 POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
 
 #: Followers all of whose inputs are activations; the others' further inputs are shapes, axes and bounds.
 MANY_INPUTS = frozenset({"Add", "Mul", "Concat"})
+
+#: Ranges that follow from the operator.
+FIXED_RANGES: dict[str, Range] = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0)}
 
 #: What may stand between the mean and the gate of a squeeze-and-excitation block.
 _GATE_PATH = (
@@ -77,6 +83,22 @@ class Structure:
         low, high = self.scalar(node, 1, float("-inf")), self.scalar(node, 2, float("inf"))
         return (low, high) if low is not None and high is not None else None
 
+    def possible(self) -> dict[str, Range]:
+        """What each value can be at most, zero included, as far as the operators tell."""
+        found: dict[str, Range] = dict.fromkeys(self.inputs, ANY)
+        for node in self.nodes:
+            parts = [found.get(name, ANY) for name in self.data_inputs(node)]
+            bounds = self.clip_bounds(node)
+            result = ANY
+            if node.op_type in FIXED_RANGES:
+                result = FIXED_RANGES[node.op_type]
+            elif bounds is not None:
+                result = min(max(parts[0][0], bounds[0]), 0.0), max(min(parts[0][1], bounds[1]), 0.0)
+            elif node.op_type == "Concat" or node.op_type in POOLS or self.moves(node):
+                result = min(low for low, _ in parts), max(high for _, high in parts)
+            found.update((name, result) for name in node.output if name)
+        return found
+
     def moves(self, node: NodeProto) -> bool:
         """Whether integers pass through a node unchanged (zero padding included: zero is in every range)."""
         if node.op_type == "Pad":
@@ -87,6 +109,17 @@ class Structure:
         if node.op_type == "Resize":
             return attribute(node, "mode", b"nearest") == b"nearest"
         return node.op_type in MOVERS
+
+    def silu(self, value: str) -> NodeProto | None:
+        """The product of ``x * sigmoid(x)``, where nothing else reads x or the sigmoid."""
+        readers = self.read_by.get(value, [])
+        sigmoid = next((node for node in readers if node.op_type == "Sigmoid"), None)
+        product = next((node for node in readers if node.op_type == "Mul"), None)
+        if sigmoid is None or product is None or len(readers) != 2:
+            return None
+        (gate,) = sigmoid.output
+        alone = self.read_by.get(gate) == [product] and gate not in self.outputs
+        return product if alone and sorted(product.input) == sorted([value, gate]) else None
 
     def weight_shape(self, node: NodeProto) -> tuple[int, ...]:
         """Shape of the weights of a node that has constant ones."""
