@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Interval
@@ -14,25 +14,45 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deploycnn.graph.parity import Parity
-    from deploycnn.quantization.settings import Int8Settings
+    from deploycnn.quantization.packs import RulePack
+    from deploycnn.quantization.quantize import Options
 
 #: Images on which the quantized graph is compared with the float one, for the record.
 _PARITY_IMAGES = 64
 
+#: The budget of ``auto`` where the recipe gives none.
+_AUTO_BUDGET = 0.002
+
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Pass):
-    """Quantize weights and activations to 8 bits, calibrated on training images; the rest stays FP32."""
+    """Quantize weights and activations to 8 bits, calibrated on training images; the rest stays FP32.
+
+    ``int8: auto`` climbs the repair ladder until the drop of top-1 on the validation split is within the
+    budget: other ranges, equalized weights, corrected biases, learned rounding, single layers in float. With
+    ``max_top1_drop`` alone, the settings stay as given and the cheapest layers are left in float.
+    """
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
+    main: ClassVar[str | None] = "mode"
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
 
+    mode: Annotated[
+        Literal["fixed", "auto"], "fixed: as the options say; auto: repair until the budget is met."
+    ] = "fixed"
+    max_top1_drop: Annotated[
+        float | None,
+        Interval(ge=0, lt=1),
+        "Budget on the validation split, a fraction of 1; layers stay float as needed. null: auto 0.002, else "
+        "none.",
+    ] = None
     calibrator: Annotated[
         Literal["minmax", "moving_average", "percentile", "entropy", "mse"],
         "Range of activations: all values seen, each image's ends averaged, all but the outermost values, least "
-        "KL divergence, or least squared error.",
+        "KL divergence, or least squared error. auto begins with percentile.",
     ] = "minmax"
     percentile: Annotated[
         float,
@@ -42,6 +62,9 @@ class Int8(Pass):
     calibration_images: Annotated[int, Ge(1), "Training images to calibrate on, evenly over the classes."] = (
         512
     )
+    judge_images: Annotated[
+        int | None, Ge(1), "Validation images that a budget is judged on, evenly over the classes; null: all."
+    ] = None
     per_channel: Annotated[bool, "One weight scale per output channel instead of one per layer."] = True
     activations: Annotated[
         Literal["auto", "uint8", "int8"],
@@ -70,29 +93,32 @@ class Int8(Pass):
         """Write ``model.onnx``.
 
         Raises:
-            PassRequirementError: see ``deploycnn.quantization.static.quantize_static``.
+            PassRequirementError: see ``deploycnn.quantization.job.Job.run``.
             PreprocessingError: the model was made for images prepared otherwise.
             RuntimeUnavailable: onnxruntime is not installed.
         """
         from deploycnn.graph.model import load_onnx, runtime_inputs, tensor_specs
-        from deploycnn.graph.probe import calibration_batches
-        from deploycnn.quantization.isa import detect_isa
-        from deploycnn.quantization.static import quantize_static
+        from deploycnn.quantization.job import Job
 
         if ctx.data is None:
             raise PassRequirementError("int8: calibration needs images; name `data` in the recipe")
         ctx.data.preprocessing.check_same(source.facts.preprocessing, "int8")
         path = ctx.output / MAIN_FILE["onnx"]
-        total = min(self.calibration_images, len(ctx.data.dataset.train))
-        record = quantize_static(
-            source.path,
-            path,
-            calibration_batches(ctx.data, self.calibration_images, ctx.seed),
-            self._settings(ctx),
-            progress=lambda done: ctx.progress(done, total, "calibrating"),
-        )
-        fused = record.fused
-        ctx.log.info("%d operators fused, %d stray Q/DQ", fused.quantized, fused.stray)
+        record = Job(
+            source=source.path,
+            output=path,
+            pack=self._pack(ctx.target),
+            options=self._options(),
+            data=ctx.data,
+            calibration_images=self.calibration_images,
+            judge_images=self.judge_images,
+            percentile=self.percentile,
+            seed=ctx.seed,
+            threads=ctx.threads,
+            progress=ctx.progress,
+        ).run()
+        if record.fused is not None:
+            ctx.log.info("%d operators fused, %d stray Q/DQ", record.fused.quantized, record.fused.stray)
         quantized = load_onnx(path)
         parity = self._parity(source.path, path, ctx)
         return Draft(
@@ -105,33 +131,47 @@ class Int8(Pass):
                 precision="int8",
                 record={
                     "parity": parity.to_json(),
-                    "int8": {**record.to_json(), "isa": asdict(detect_isa())},
+                    "int8": record.to_json(),
+                    "tables": record.tables(),
+                    "histograms": [histogram.to_json() for histogram in record.histograms],
                 },
             ),
         )
 
-    def _settings(self, ctx: Context) -> Int8Settings:
-        from deploycnn import targets
-        from deploycnn.quantization.isa import detect_isa
-        from deploycnn.quantization.settings import Int8Settings
+    def _options(self) -> Options:
+        from deploycnn.quantization.quantize import FLOAT_LAYERS, Options
 
-        activation_type: Literal["uint8", "int8"]
-        if self.activations == "auto":
-            activation_type = "uint8" if targets.get(ctx.target).device == "cpu" else "int8"
-        else:
-            activation_type = self.activations
-        reduce_range = self.reduce_range
-        if reduce_range is None:
-            reduce_range = detect_isa().saturates and targets.get(ctx.target).device == "cpu"
-        return Int8Settings(
+        if self.mode == "auto":
+            return Options(
+                calibrator="percentile",
+                exclude=self.exclude,
+                ladder=("mse", FLOAT_LAYERS),
+                max_top1_drop=_AUTO_BUDGET if self.max_top1_drop is None else self.max_top1_drop,
+            )
+        return Options(
             calibrator=self.calibrator,
-            percentile=self.percentile,
-            per_channel=self.per_channel,
-            reduce_range=reduce_range,
-            activation_type=activation_type,
             exclude=self.exclude,
-            target=ctx.target,
-            threads=ctx.threads,
+            ladder=(FLOAT_LAYERS,),
+            max_top1_drop=self.max_top1_drop,
+        )
+
+    def _pack(self, target: str) -> RulePack:
+        """The target's rules, with what the recipe says of number formats."""
+        from deploycnn.quantization import packs
+        from deploycnn.quantization.isa import detect_isa
+        from deploycnn.quantization.types import NumberFormat
+
+        isa = detect_isa()
+        pack = packs.get(target, isa)
+        reduced = pack.weight.reduced if self.reduce_range is None else self.reduce_range
+        activation = pack.activation
+        if self.activations != "auto":
+            activation = NumberFormat(dtype=self.activations, symmetric=self.activations == "int8")
+        return replace(
+            pack,
+            activation=activation,
+            weight=replace(pack.weight, reduced=reduced),
+            per_channel=self.per_channel,
         )
 
     def _parity(self, full: Path, quantized: Path, ctx: Context) -> Parity:

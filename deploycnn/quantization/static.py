@@ -69,7 +69,7 @@ def quantize_static(
     if is_quantized(original):
         raise PassRequirementError(f"{model_path}: already quantized; give the float32 model")
     prepared = prepare(original)
-    _check_exclude(original, prepared, settings.exclude)
+    check_exclude(original, prepared, settings.exclude)
     plan = place(prepared, rule_pack(settings), settings.exclude)
     if not plan.quantized_nodes:
         raise PassRequirementError(
@@ -122,7 +122,7 @@ def prepare(original: ModelProto) -> ModelProto:
     return infer_shapes(simplify(model))
 
 
-def _check_exclude(original: ModelProto, prepared: ModelProto, exclude: Iterable[str]) -> None:
+def check_exclude(original: ModelProto, prepared: ModelProto, exclude: Iterable[str]) -> None:
     """Names may come from the file as it is (a node that clean-up removes is float anyway) or as prepared."""
     known = {node.name for graph in (original.graph, prepared.graph) for node in graph.node if node.name}
     for name in exclude:

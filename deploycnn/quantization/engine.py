@@ -1,0 +1,126 @@
+"""Candidates for a quantized graph and what is done to them: other ranges, recovered weights, layers left in float.
+
+One calibration serves every candidate with the same float graph: a candidate that rounds other values than those seen
+so far only adds these. Changed weights are another float graph, which is watched anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from deploycnn.quantization.calibration import Calibration, calibrate, choose_ranges, values_of
+from deploycnn.quantization.insertion import build
+from deploycnn.quantization.packs import RulePack
+from deploycnn.quantization.placement import place
+from deploycnn.quantization.settings import Calibrator
+from deploycnn.quantization.types import IntegerWeight, Plan, Range
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+#: Gives the calibration images (N, C, H, W) anew at each call, always the same.
+Images = Callable[[], Iterable[npt.NDArray[np.float32]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to quantize a model.
+
+    Attributes:
+        model: The float graph, prepared; its weights may be equalized, its biases corrected.
+        calibrator: How ranges are chosen.
+        weights: Integer weights by initializer, where they are not those of rounding to nearest.
+        keep_float: Names of nodes that stay float.
+        graph: The finished graph, where it cannot be made from the above (trained weights and scales).
+    """
+
+    model: ModelProto
+    calibrator: Calibrator
+    weights: Mapping[str, IntegerWeight] = field(default_factory=dict)
+    keep_float: frozenset[str] = frozenset()
+    graph: ModelProto | None = None
+
+
+class Engine:
+    """Builds candidates for one target from one set of calibration images.
+
+    Args:
+        pack: The target's rules.
+        images: Calibration images.
+        percentile: For the calibrator of that name.
+        threads: CPU threads.
+        progress: Called with the number of images calibrated.
+    """
+
+    def __init__(
+        self,
+        pack: RulePack,
+        images: Images,
+        *,
+        percentile: float = 99.999,
+        threads: int = 1,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.pack = pack
+        self.images = images
+        self.threads = threads
+        self._percentile = percentile
+        self._progress = progress
+        # The graphs are kept with what was seen of them: an identity must not be used again.
+        self._seen: dict[int, tuple[ModelProto, Calibration]] = {}
+
+    def plan(self, candidate: Candidate) -> Plan:
+        """What the candidate rounds."""
+        return place(candidate.model, self.pack, candidate.keep_float)
+
+    def look_ahead(self, candidate: Candidate, sets: Iterable[Collection[str]]) -> None:
+        """Calibrate in one go for candidates that keep these sets of nodes in float."""
+        plans = [self.plan(replace(candidate, keep_float=frozenset(kept))) for kept in sets]
+        self.calibration(candidate.model, *plans)
+
+    def calibration(self, model: ModelProto, *plans: Plan) -> Calibration:
+        """What was seen of the values that ``plans`` round, on the calibration images.
+
+        Raises:
+            PassRequirementError: no images, or images or values that no range can be chosen from.
+        """
+        seen = self._seen.get(id(model), (model, Calibration(images=0, values={})))[1]
+        missing = [name for name in values_of(*plans) if name not in seen.values]
+        if missing:
+            found = calibrate(
+                model, self.images(), values=missing, threads=self.threads, progress=self._progress
+            )
+            seen = Calibration(images=found.images, values={**seen.values, **found.values})
+            self._seen[id(model)] = (model, seen)
+        return seen
+
+    def ranges(self, candidate: Candidate) -> dict[str, Range]:
+        """The range of every value that the candidate rounds."""
+        plan = self.plan(candidate)
+        seen = self.calibration(candidate.model, plan)
+        return choose_ranges(plan, seen, candidate.calibrator, self._percentile)
+
+    def build(self, candidate: Candidate) -> ModelProto:
+        """The candidate's graph; the float graph where nothing in it is to be quantized."""
+        if candidate.graph is not None:
+            return candidate.graph
+        plan = self.plan(candidate)
+        if not plan.quantized_nodes and not plan.weights:
+            return candidate.model
+        held = {item.initializer for item in plan.weights}
+        return build(
+            candidate.model,
+            plan,
+            self.ranges(candidate),
+            {name: weight for name, weight in candidate.weights.items() if name in held},
+        )
+
+    def layers(self, candidate: Candidate) -> tuple[str, ...]:
+        """Names of the convolutions and matrix products that the candidate quantizes."""
+        plan = self.plan(candidate)
+        return tuple(dict.fromkeys(item.node for item in plan.weights))

@@ -1,0 +1,197 @@
+"""From a float graph to the integer graph that ships: fixed settings, an accuracy budget, or the repair ladder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from deploycnn.core import Json
+from deploycnn.quantization.engine import Candidate, Engine
+from deploycnn.quantization.judge import Judge, Judgement
+from deploycnn.quantization.ladder import Rung, Tried, climb
+from deploycnn.quantization.sensitivity import Sensitivity, keep_within, measure_sensitivity
+from deploycnn.quantization.settings import Calibrator
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+#: From a candidate to a better one.
+Remedy = Callable[[Candidate], Candidate]
+
+#: The rung that keeps layers in float; it judges for itself.
+FLOAT_LAYERS = "float layers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is asked of ``quantize``.
+
+    Attributes:
+        calibrator: How ranges are chosen at first.
+        exclude: Names of nodes that stay float in any case.
+        remedies: Names of remedies that are applied without asking, in this order.
+        ladder: Names of remedies that are tried while the budget is not met, in this order.
+        max_top1_drop: The budget; ``None`` where nothing is judged.
+    """
+
+    calibrator: Calibrator
+    exclude: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
+    ladder: tuple[str, ...] = ()
+    max_top1_drop: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Quantized:
+    """The outcome.
+
+    Attributes:
+        candidate: What the graph was built from.
+        model: The graph.
+        judgement: Of it, on the images that chose; ``None`` where nothing was judged.
+        met: Whether the budget is met; ``None`` without one.
+        tried: What was tried, in order.
+        sensitivities: Of the layers, where they were measured.
+        accuracy_float: Layers left in float for the budget's sake.
+    """
+
+    candidate: Candidate
+    model: ModelProto
+    judgement: Judgement | None = None
+    met: bool | None = None
+    tried: tuple[Tried, ...] = ()
+    sensitivities: tuple[Sensitivity, ...] = ()
+    accuracy_float: frozenset[str] = field(default_factory=frozenset)
+
+    def to_json(self) -> Json:
+        """What the record says of the search."""
+        found: dict[str, Json] = {}
+        if self.judgement is not None:
+            found["judged"] = self.judgement.to_json()
+            found["budget_met"] = self.met
+        if self.accuracy_float:
+            found["float_for_accuracy"] = sorted(self.accuracy_float)
+        return found
+
+
+class Quantizer:
+    """Quantizes one model for one target.
+
+    Args:
+        model: The float graph, prepared.
+        engine: Builds candidates.
+        judge: Compares graphs with ``model`` on validation images; ``None`` where there is no budget.
+        quick_judge: The same on fewer images, for the sensitivity of layers.
+        remedies: What may be applied, by name; ``FLOAT_LAYERS`` is always there.
+        gains_ms: Time that integers save in each layer, asked when layers are to be left in float.
+        macs: Multiply-accumulates by layer.
+        tell: Told what is being done.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        engine: Engine,
+        *,
+        judge: Judge | None = None,
+        quick_judge: Judge | None = None,
+        remedies: Mapping[str, Remedy] | None = None,
+        gains_ms: Callable[[ModelProto], Mapping[str, float] | None] = lambda _: None,
+        macs: Mapping[str, int] | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._model = model
+        self._engine = engine
+        self._judge = judge
+        self._quick_judge = quick_judge
+        self._remedies = {**(remedies or {}), FLOAT_LAYERS: self._keep_float_layers}
+        self._gains_ms = gains_ms
+        self._macs = macs
+        self._tell = tell
+        self._budget = 0.0
+        self._sensitivities: tuple[Sensitivity, ...] = ()
+        self._accuracy_float: frozenset[str] = frozenset()
+
+    def run(self, options: Options) -> Quantized:
+        """Quantize as asked.
+
+        Raises:
+            PassRequirementError: the model or the images do not suit; a remedy that was asked for does not.
+        """
+        start = Candidate(
+            model=self._model, calibrator=options.calibrator, keep_float=frozenset(options.exclude)
+        )
+        for name in options.remedies:
+            self._tell(name)
+            start = self._remedies[name](start)
+        if options.max_top1_drop is None or self._judge is None:
+            return Quantized(candidate=start, model=self._engine.build(start))
+        self._budget = options.max_top1_drop
+        found = climb(
+            start,
+            [Rung(name=name, apply=self._remedies[name]) for name in options.ladder],
+            self._engine.build,
+            self._judge,
+            max_top1_drop=options.max_top1_drop,
+            first=" + ".join((options.calibrator, *options.remedies)),
+            tell=self._tell,
+        )
+        kept = any(step.rung == FLOAT_LAYERS and step.kept for step in found.tried)
+        return Quantized(
+            candidate=found.candidate,
+            model=found.model,
+            judgement=found.judgement,
+            met=found.met,
+            tried=found.tried,
+            sensitivities=self._sensitivities,
+            accuracy_float=self._accuracy_float if kept else frozenset(),
+        )
+
+    def _keep_float_layers(self, best: Candidate) -> Candidate:
+        """Leave the cheapest layers in float that bring the model within the budget."""
+        assert self._judge is not None  # noqa: S101 - a rung of the ladder, which judges
+        judge = self._quick_judge or self._judge
+        layers = self._engine.layers(best)
+        everything = best.keep_float | frozenset(layers)
+        self._engine.look_ahead(best, [everything - {layer} for layer in layers])
+
+        def build(kept: Iterable[str]) -> ModelProto:
+            return self._engine.build(replace(best, keep_float=best.keep_float | frozenset(kept)))
+
+        self._sensitivities = measure_sensitivity(
+            layers,
+            build,
+            judge,
+            gains_ms=self._gains_ms(self._engine.build(best)),
+            macs=self._macs,
+            progress=lambda done, total: self._tell(f"sensitivity of layer {done + 1} of {total}"),
+        )
+        found = keep_within(self._budget, self._sensitivities, build, self._judge)
+        self._accuracy_float = found.keep_float
+        return replace(best, keep_float=best.keep_float | found.keep_float)
+
+
+def choose(calibrator: Calibrator) -> Remedy:
+    """The remedy of choosing ranges otherwise."""
+    return lambda best: replace(best, calibrator=calibrator)
+
+
+def ladder_table(tried: Sequence[Tried]) -> list[tuple[str | float | bool | None, ...]]:
+    """Rows: rung, kept, change of top-1 in points, agreement in percent, SQNR in dB, seconds, why it was undone."""
+    return [
+        (
+            step.rung,
+            step.kept,
+            None
+            if step.judgement is None or step.judgement.top1_drop is None
+            else -100 * step.judgement.top1_drop,
+            None
+            if step.judgement is None or step.judgement.agreement is None
+            else 100 * step.judgement.agreement,
+            None if step.judgement is None else step.judgement.sqnr_db,
+            step.seconds,
+            step.why,
+        )
+        for step in tried
+    ]

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from onnx import ModelProto
+
+from deploycnn.graph.export import export_onnx
+from deploycnn.graph.model import is_quantized
+from deploycnn.graph.parity import evaluator
+from deploycnn.quantization import engine as engines
+from deploycnn.quantization import packs
+from deploycnn.quantization.engine import Candidate, Engine
+from deploycnn.quantization.job import layer_macs
+from deploycnn.quantization.judge import EXACT_DB, Judge
+from deploycnn.quantization.layers import layer_table, value_sqnr
+from deploycnn.quantization.quantize import FLOAT_LAYERS, Options, Quantizer, choose
+from deploycnn.quantization.static import prepare
+from tests.graph.nets import Residual, images, randomized
+
+SHAPE = (3, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelProto:
+    return prepare(export_onnx(randomized(Residual()), SHAPE, opset=18, classes=None))
+
+
+def calibration():
+    return [images(8, SHAPE, seed=seed) for seed in range(2)]
+
+
+def labelled(model: ModelProto):
+    """Images with the float model's own predictions as classes, so that its top-1 is 1."""
+    held = []
+    for seed in range(4):
+        content = images(16, SHAPE, seed=10 + seed)
+        held.append((content, evaluator(model)(content)[0].argmax(axis=1).astype(np.int64)))
+    return lambda: iter(held)
+
+
+def make(target: str = "onnxruntime-cpu") -> Engine:
+    return Engine(packs.get(target), calibration)
+
+
+def test_one_calibration_serves_candidates_of_one_graph(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def counted(*args, **kwargs):
+        runs.append(kwargs["values"])
+        return engines_calibrate(*args, **kwargs)
+
+    engines_calibrate = engines.calibrate
+    monkeypatch.setattr(engines, "calibrate", counted)
+    engine = make()
+    start = Candidate(model=model, calibrator="minmax")
+    first = engine.build(start)
+    assert len(runs) == 1
+    engine.build(replace(start, calibrator="mse"))
+    assert len(runs) == 1
+    # With a layer in float other values are rounded: only these are looked at.
+    layers = engine.layers(start)
+    engine.look_ahead(start, [{layer} for layer in layers])
+    seen = len(runs)
+    for layer in layers:
+        engine.build(replace(start, keep_float=frozenset({layer})))
+    assert len(runs) == seen
+    assert not set(runs[0]) & {name for later in runs[1:] for name in later}
+    other = ModelProto()
+    other.CopyFrom(model)
+    assert is_quantized(engine.build(replace(start, model=other)))
+    assert runs[-1] == runs[0]
+    assert is_quantized(first)
+
+
+def test_nothing_quantized_is_the_float_graph(model: ModelProto) -> None:
+    engine = make()
+    start = Candidate(model=model, calibrator="minmax")
+    found = engine.build(replace(start, keep_float=frozenset(engine.layers(start))))
+    assert not is_quantized(found)
+
+
+def test_a_finished_graph_is_taken_as_it_is(model: ModelProto) -> None:
+    assert make().build(Candidate(model=model, calibrator="minmax", graph=model)) is model
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "tensorrt"])
+def test_layers_in_float_bring_the_model_within_the_budget(model: ModelProto, target: str) -> None:
+    engine = make(target)
+    judge = Judge(model, labelled(model), integers=False)
+    assert judge.top1 == 1.0
+    quantizer = Quantizer(model, engine, judge=judge, macs=layer_macs(model))
+    free = quantizer.run(Options(calibrator="minmax", ladder=(FLOAT_LAYERS,), max_top1_drop=1.0))
+    assert free.met
+    assert not free.accuracy_float
+    assert not free.sensitivities
+    strict = quantizer.run(Options(calibrator="minmax", ladder=(FLOAT_LAYERS,), max_top1_drop=0.0))
+    assert strict.met
+    assert strict.judgement is not None
+    assert strict.judgement.top1_drop is not None
+    assert strict.judgement.top1_drop <= 0.0
+    assert judge(strict.model) == strict.judgement
+    assert {layer.node for layer in strict.sensitivities} >= strict.accuracy_float
+
+
+def test_an_excluded_node_stays_float_all_the_way(model: ModelProto) -> None:
+    engine = make()
+    layers = engine.layers(Candidate(model=model, calibrator="minmax"))
+    judge = Judge(model, labelled(model), integers=False)
+    found = Quantizer(model, engine, judge=judge, remedies={"mse": choose("mse")}).run(
+        Options(calibrator="minmax", exclude=layers[:1], ladder=("mse",), max_top1_drop=0.0)
+    )
+    assert layers[0] in engine.plan(found.candidate).kept_float
+    assert next(step.rung for step in found.tried) == "minmax"
+
+
+def test_the_table_tells_of_every_layer(model: ModelProto) -> None:
+    engine = make()
+    start = Candidate(model=model, calibrator="minmax")
+    layers = engine.layers(start)
+    candidate = replace(start, keep_float=frozenset({layers[1]}))
+    plan, ranges = engine.plan(candidate), engine.ranges(candidate)
+    quantized = engine.build(candidate)
+    noise = value_sqnr(model, quantized, list(ranges), [images(10, SHAPE, seed=3)])
+    assert set(noise) == set(ranges)
+    assert all(5 < level < 70 for level in noise.values())
+    rows = layer_table(
+        model, kept_float=plan.kept_float, ranges=ranges, sqnr_db=noise, fused={layers[0]: True},
+        macs=layer_macs(model), int8_ms={layers[0]: 0.5}, float_ms={},
+    )  # fmt: skip
+    assert [row.node for row in rows] == list(layers)
+    assert [row.precision for row in rows] == ["int8", "float", "int8"]
+    assert rows[1].why == "as asked"
+    assert (rows[0].fused, rows[0].int8_ms, rows[0].float_ms) == (True, 0.5, None)
+    # The stem's ReLU is folded: what leaves is not negative.
+    assert rows[0].range is not None
+    assert rows[0].range[0] == 0.0
+    assert rows[0].macs == 12 * 12 * 8 * 3 * 9
+
+
+def test_noise_of_a_value_is_that_of_numpy(model: ModelProto) -> None:
+    engine = make()
+    candidate = Candidate(model=model, calibrator="minmax")
+    quantized = engine.build(candidate)
+    batch = images(4, SHAPE, seed=5)
+    name = model.graph.input[0].name
+    plan = engine.plan(candidate)
+    low, high = engine.ranges(candidate)[name]
+    scale, zero = plan.activation.scale_and_zero_point((low, high))
+    rounded = (np.clip(np.rint(batch / scale) + zero, 0, 255) - zero) * np.float64(scale)
+    expected = 10 * np.log10(np.square(batch, dtype=np.float64).sum() / np.square(batch - rounded).sum())
+    assert value_sqnr(model, quantized, [name], [batch])[name] == pytest.approx(expected, abs=1e-4)
+    assert value_sqnr(model, model, [name], [batch])[name] == EXACT_DB
+    assert value_sqnr(model, quantized, ["no such value"], [batch]) == {}
