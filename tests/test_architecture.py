@@ -12,7 +12,7 @@ import pytest
 import deploycnn
 
 PACKAGE = Path(deploycnn.__file__).parent
-LIBRARIES = {"pruning", "quantization", "graph", "models", "data", "tasks", "training", "engines"}
+LIBRARIES = {"pruning", "quantization", "graph", "models", "data", "tasks", "training", "engines", "gpu"}
 COMMON = {"core", "errors", "optional", "registry", "files", "targets"}
 
 #: Room -> rooms of this package that it may import at any level of its code.
@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"core", "errors", "registry", "schema", "recipe", "runtimes"},
     "store": {"core", "errors", "files", "schema", "plan", "deploycnn"},
     "execute": {"core", "errors", "events", "plan", "recipe", "store", "data"},
-    "profiling": {"core", "errors", "runtimes", "data", "models", "deploycnn"},
+    "profiling": {"core", "errors", "runtimes", "data", "models", "gpu", "deploycnn"},
     "report": {"core", "errors", "files", "deploycnn"},
     **dict.fromkeys(LIBRARIES, COMMON | LIBRARIES),
     **dict.fromkeys(("passes", "sources"), COMMON | LIBRARIES),

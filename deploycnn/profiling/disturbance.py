@@ -1,14 +1,16 @@
-"""What else the machine did while something was timed: other programs, other guests of the hypervisor."""
+"""What else the machine did while something was timed: other programs, other guests, the GPU's clocks."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploycnn.core import Json
+from deploycnn.gpu.nvml import GpuState, Watch
 
 #: Shares of the machine's CPU time above which a measurement carries a warning.
 OTHER_LIMIT = 0.10
@@ -24,12 +26,14 @@ class Disturbance:
         steal_ratio: Taken by the hypervisor for other guests.
         load_before: Runnable processes (one-minute average) when the measurement began.
         wall_s: How long it took.
+        gpu: Its clocks, temperature and power, where something ran on it and NVML tells.
     """
 
     other_ratio: float | None
     steal_ratio: float | None
     load_before: float | None
     wall_s: float
+    gpu: GpuState | None = None
 
     @property
     def words(self) -> str | None:
@@ -39,6 +43,8 @@ class Disturbance:
             found.append(f"other programs used {self.other_ratio:.0%} of the CPUs' time")
         if self.steal_ratio is not None and self.steal_ratio > STEAL_LIMIT:
             found.append(f"the hypervisor took {self.steal_ratio:.0%} of the CPUs' time away")
+        if self.gpu is not None and self.gpu.words:
+            found.append(self.gpu.words)
         return " and ".join(found) + " meanwhile" if found else None
 
     def to_json(self) -> Json:
@@ -48,7 +54,14 @@ class Disturbance:
             "steal_ratio": self.steal_ratio,
             "load_before": self.load_before,
             "wall_s": self.wall_s,
+            "gpu": self.gpu and self.gpu.to_json(),
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Disturbance:
+        """Read what ``to_json`` gave; an unknown key is a ``TypeError``."""
+        gpu = value.get("gpu")
+        return cls(**{**value, "gpu": GpuState.from_json(gpu) if gpu else None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +116,27 @@ class Meter:
         self._before = read()
         self._load = load()
         self._started = clock()
+        self._gpu: Watch | None = None
+
+    def watch_gpu(self, gpu: Watch | None) -> None:
+        """Record the GPU too, at every ``sample`` from now on; ``None``: nothing tells of it."""
+        self._gpu = gpu
+        self.sample()
+
+    def sample(self) -> None:
+        """Read the GPU; called between blocks, never inside a timed run."""
+        if self._gpu is not None:
+            self._gpu.read()
 
     def stop(self) -> Disturbance:
         """Shares since the meter was made."""
         wall = self._clock() - self._started
         after, before = self._read(), self._before
+        gpu = self._gpu.state() if self._gpu is not None else None
         if after is None or before is None or after.total_s <= before.total_s:
-            return Disturbance(other_ratio=None, steal_ratio=None, load_before=self._load, wall_s=wall)
+            return Disturbance(
+                other_ratio=None, steal_ratio=None, load_before=self._load, wall_s=wall, gpu=gpu
+            )
         total = after.total_s - before.total_s
         other = (after.busy_s - before.busy_s) - (after.own_s - before.own_s)
         return Disturbance(
@@ -118,4 +145,5 @@ class Meter:
             steal_ratio=min(1.0, max(0.0, (after.steal_s - before.steal_s) / total)),
             load_before=self._load,
             wall_s=wall,
+            gpu=gpu,
         )

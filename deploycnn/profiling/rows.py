@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploycnn.core import Json
@@ -60,8 +60,7 @@ class TimingRow:
             "schema_version": SCHEMA_VERSION,
             "label": self.label,
             "runtime": self.runtime,
-            "executed": executed
-            and {"provider": executed.provider, "precision": executed.precision, "threads": executed.threads},
+            "executed": executed and asdict(executed),
             "batch_size": self.batch_size,
             "threads": self.threads,
             "warmup_runs": self.warmup_runs,
@@ -95,7 +94,7 @@ class TimingRow:
                 samples_ms=_samples(value["samples_ms"]),
                 warmup_runs=value["warmup_runs"],
                 group=value["group"],
-                disturbance=Disturbance(**value["disturbance"]) if value["disturbance"] else None,
+                disturbance=Disturbance.from_json(value["disturbance"]) if value["disturbance"] else None,
                 why=value["why"],
             )
         except (KeyError, TypeError, ValueError) as error:

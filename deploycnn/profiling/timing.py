@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from deploycnn.core import ProgressFn, no_progress
 from deploycnn.errors import DeployCNNError
+from deploycnn.gpu import nvml
 from deploycnn.profiling.disturbance import Meter
 from deploycnn.profiling.rows import TimingRow
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from deploycnn.gpu.nvml import Watch
     from deploycnn.runtimes.base import Executed, Session
 
 
@@ -165,6 +167,7 @@ def time_interleaved(
     *,
     clock: Callable[[], int] = time.perf_counter_ns,
     meter: Callable[[], Meter] = Meter,
+    gpu: Callable[[], Watch | None] = nvml.watch,
 ) -> list[TimingRow]:
     """Time all candidates side by side.
 
@@ -177,6 +180,7 @@ def time_interleaved(
         progress: Called about once per block.
         clock: Nanoseconds.
         meter: Makes the meter of disturbances.
+        gpu: Finds what tells of the GPU; asked only where something runs on it.
 
     Returns:
         A row for each candidate, in their order.
@@ -193,6 +197,8 @@ def time_interleaved(
     running = [live for live in lives if not live.why]
     warmup: dict[str, int] = {}
     watch = meter()
+    if any(live.executed is not None and live.executed.device == "cuda" for live in running):
+        watch.watch_gpu(gpu())
     if running:
         schedule = make_schedule(
             [live.latency_s for live in running], [live.open_s for live in running], settings
@@ -204,7 +210,7 @@ def time_interleaved(
         for number in range(schedule.rounds):
             if number >= settings.min_rounds and clock() > deadline:
                 break
-            report = functools.partial(_report, progress, len(running), schedule, number)
+            report = functools.partial(_report, progress, watch, len(running), schedule, number)
             _round(running, schedule, (warmup, counts), random, clock, report)
     disturbance = watch.stop()
     group = uuid.uuid4().hex[:12]
@@ -225,7 +231,10 @@ def time_interleaved(
     ]
 
 
-def _report(progress: ProgressFn, models: int, schedule: Schedule, number: int, block: int) -> None:
+def _report(
+    progress: ProgressFn, watch: Meter, models: int, schedule: Schedule, number: int, block: int
+) -> None:
+    watch.sample()
     total = schedule.rounds * schedule.blocks
     progress(number * schedule.blocks + block, total, f"timing {models} models side by side")
 
@@ -264,20 +273,24 @@ def _round(
         calls.clear()
 
 
-def _timed(call: Callable[[], None], runs: int, clock: Callable[[], int]) -> list[float]:
-    """Milliseconds of each run. Meanwhile no garbage is collected: that is Python's time, not the model's."""
-    samples = [0] * runs
+def _timed(call: Callable[[], float | None], runs: int, clock: Callable[[], int]) -> list[float]:
+    """Milliseconds of each run: what the device measured where the call tells, else what ``clock`` says.
+
+    Meanwhile no garbage is collected: that is Python's time, not the model's.
+    """
+    samples = [0.0] * runs
     collecting = gc.isenabled()
     gc.disable()
     try:
         for index in range(runs):
             start = clock()
-            call()
-            samples[index] = clock() - start
+            measured_ms = call()
+            stop = clock()
+            samples[index] = (stop - start) / 1e6 if measured_ms is None else measured_ms
     finally:
         if collecting:
             gc.enable()
-    return [value / 1e6 for value in samples]
+    return samples
 
 
 def _probe(live: _Live, clock: Callable[[], int]) -> None:

@@ -1,8 +1,9 @@
 """What a runtime and a session of it are.
 
 A runtime is named in recipes as ``name`` or ``name:mode`` (``onnxruntime:cpu``, ``openvino:bf16``,
-``pytorch:compiled``). What was asked for is what runs: a provider that does not load is a
-``RuntimeUnavailable``, never another device's numbers.
+``pytorch:compiled``), and on GPUs options may follow the mode, each behind a plus sign
+(``tensorrt:trt+graph+device``), so that the name of a row says how it was measured. What was asked for is what
+runs: a provider that does not load is a ``RuntimeUnavailable``, never another device's numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deploycnn.errors import RecipeError, nearest
 
@@ -39,11 +40,17 @@ class Executed:
         provider: "CPUExecutionProvider", "CPU", "cuda:0", ...
         precision: Of the arithmetic: "f32", "bf16", "int8+f32", ...
         threads: CPU threads inside one inference.
+        device: Where it computed: "cpu" or "cuda".
+        clock: What took the time of a bound call: "host", or "cuda events" recorded on the session's stream.
+        transfers: Whether a bound call copies its inputs to the device and its outputs back; ``None`` on the CPU.
     """
 
     provider: str
     precision: str
     threads: int
+    device: Literal["cpu", "cuda"] = "cpu"
+    clock: Literal["host", "cuda events"] = "host"
+    transfers: bool | None = None
 
 
 class Session(ABC):
@@ -56,10 +63,12 @@ class Session(ABC):
         """Outputs for preprocessed images, in graph order."""
 
     @abstractmethod
-    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], None]:
+    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
         """A call that runs once on ``images_NCHW`` and returns when the outputs are complete.
 
-        Inputs (and, where the runtime can, outputs) are bound beforehand: this is what gets timed.
+        Inputs (and, where the runtime can, outputs) are bound beforehand: this is what gets timed. The call
+        returns the milliseconds that the device's own events measured, or ``None``: then the caller's clock
+        counts. ``executed.clock`` says which.
         """
 
     @abstractmethod
@@ -77,6 +86,17 @@ class Runtime(ABC):
     accepts: ClassVar[tuple[Format, ...]]
 
     mode: str
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def options_for(cls, mode: str) -> tuple[str, ...]:  # noqa: ARG003 - for subclasses
+        """Options that may follow ``mode`` in a spec, in the order in which they are written."""
+        return ()
+
+    @classmethod
+    def device_of(cls, mode: str) -> Literal["cpu", "cuda"]:  # noqa: ARG003 - for subclasses
+        """Where ``mode`` computes."""
+        return "cpu"
 
     @abstractmethod
     def availability(self) -> Availability:
@@ -93,28 +113,41 @@ class Runtime(ABC):
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
-    """Split ``name[:mode]``, check both, and fill in the default mode.
+    """Split ``name[:mode][+option...]``, check it all, and fill in the default mode.
+
+    Returns:
+        The name, and the mode with its options in their own order: ``("tensorrt", "trt+graph+device")``.
 
     Raises:
-        RecipeError: no such runtime or mode; names the nearest.
+        RecipeError: no such runtime, mode or option; names the nearest.
     """
     from deploycnn import registry
 
-    name, _, mode = spec.partition(":")
+    name, _, rest = spec.partition(":")
+    mode, *given = rest.split("+")
     cls: type[Runtime] = registry.get("runtime", name)
     if mode and mode not in cls.modes:
         raise RecipeError(f'runtime "{spec}": unknown mode "{mode}"; {nearest(mode, cls.modes)}')
-    return name, mode or cls.modes[0]
+    mode = mode or cls.modes[0]
+    known = cls.options_for(mode)
+    for option in given:
+        if option not in known:
+            raise RecipeError(
+                f'runtime "{spec}": unknown option "{option}" of {name}:{mode}; {nearest(option, known)}'
+            )
+    return name, "+".join([mode, *(option for option in known if option in given)])
 
 
 def create(spec: str) -> Runtime:
-    """The runtime written as ``name[:mode]``.
+    """The runtime written as ``name[:mode][+option...]``.
 
     Raises:
-        RecipeError: no such runtime or mode.
+        RecipeError: no such runtime, mode or option.
     """
     from deploycnn import registry
 
-    name, mode = parse_spec(spec)
-    runtime: Runtime = registry.get("runtime", name)(mode=mode)
+    name, rest = parse_spec(spec)
+    mode, *options = rest.split("+")
+    chosen: dict[str, Any] = {"options": tuple(options)} if options else {}
+    runtime: Runtime = registry.get("runtime", name)(mode=mode, **chosen)
     return runtime

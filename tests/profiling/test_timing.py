@@ -5,15 +5,18 @@ import json
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.gpu import nvml
 from deploycnn.profiling.disturbance import CpuTimes, Disturbance, Meter, parse_cpu_times
 from deploycnn.profiling.rows import TimingRow
 from deploycnn.profiling.timing import OVERTIME, Candidate, TimingSettings, make_schedule, time_interleaved
-from deploycnn.runtimes.base import Session
+from deploycnn.runtimes.base import Executed, Session
+from tests.gpu.fakes import Nvml
 from tests.profiling.fakes import FakeSession, World
 
 IMAGES = np.zeros((1, 3, 2, 2), dtype=np.float32)
@@ -266,3 +269,84 @@ def test_other_programs_and_the_hypervisor_are_told_apart_from_us() -> None:
 )
 def test_only_what_matters_is_warned_of(other: float | None, steal: float | None, words: str | None) -> None:
     assert Disturbance(other_ratio=other, steal_ratio=steal, load_before=None, wall_s=1.0).words == words
+
+
+class DeviceSession(FakeSession):
+    """Says what the device measured: half of what the host's clock sees."""
+
+    def __init__(self, world: World, name: str, latency_ns: Callable[[], int]) -> None:
+        super().__init__(world, name, latency_ns)
+        self.executed = Executed(
+            provider="fake", precision="f16", threads=1, device="cuda", clock="cuda events", transfers=False
+        )
+
+    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float]:
+        call = super().bind(images_NCHW)
+
+        def measured() -> float:
+            before = self.world.now_ns
+            call()
+            return (self.world.now_ns - before) / 2e6
+
+        return measured
+
+
+def test_what_the_device_measured_counts_and_its_gpu_is_watched() -> None:
+    world, fake = World(), Nvml(step=1)
+    on_gpu = Candidate(
+        label="g", runtime="fake:gpu", batch_size=1, threads=1, images_NCHW=IMAGES,
+        open=lambda: DeviceSession(world, "g", lambda: 1_000_000),
+    )  # fmt: skip
+    rows = time_interleaved(
+        [on_gpu, candidate(world, "c", 1_000_000)],
+        TimingSettings(rounds=4, blocks=2),
+        clock=world.clock,
+        meter=quiet_meter,
+        gpu=lambda: nvml.watch(nvml=fake),
+    )
+    assert set(rows[0].flat_ms) == {0.5}
+    assert set(rows[1].flat_ms) == {1.0}
+    found = rows[0].disturbance
+    assert found is not None
+    assert found.gpu is not None
+    # one reading when the watch begins, one after each block, one at the end
+    blocks = sum(map(len, rows[0].samples_ms))
+    assert found.gpu.sm_clock_mhz == (1980 - blocks - 1, 1980)
+    again = TimingRow.from_json(json.loads(json.dumps(rows[0].to_json())))
+    assert again == rows[0]
+    assert again.executed is not None
+    assert (again.executed.clock, again.executed.transfers) == ("cuda events", False)
+
+
+def test_no_gpu_is_asked_where_nothing_runs_on_one() -> None:
+    world = World()
+
+    def gpu() -> None:
+        raise AssertionError("NVML was asked")
+
+    rows = time_interleaved(
+        [candidate(world, "c", 1_000_000)],
+        TimingSettings(rounds=3),
+        clock=world.clock,
+        meter=quiet_meter,
+        gpu=gpu,
+    )
+    assert rows[0].disturbance is not None
+    assert rows[0].disturbance.gpu is None
+
+
+def test_rows_of_before_gpus_were_watched_are_read() -> None:
+    world = World()
+    row = timed(world, [candidate(world, "a", 1_000_000)])[0]
+    value = json.loads(json.dumps(row.to_json()))
+    del value["disturbance"]["gpu"]
+    for key in ("device", "clock", "transfers"):
+        del value["executed"][key]
+    assert TimingRow.from_json(value) == row
+
+
+def test_a_gpu_held_down_is_said() -> None:
+    fake = Nvml(reasons=Nvml().nvmlClocksEventReasonHwSlowdown)
+    meter = quiet_meter()
+    meter.watch_gpu(nvml.watch(nvml=fake))
+    assert meter.stop().words == "the GPU's clocks were held down (hardware slowdown) meanwhile"

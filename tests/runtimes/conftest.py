@@ -1,0 +1,3 @@
+from tests.gpu.fixtures import device, driver, gpu
+
+__all__ = ["device", "driver", "gpu"]
