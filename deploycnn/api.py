@@ -176,10 +176,16 @@ def export(
         files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))
         planned, outcome = _make(wanted, store, opened, events)
         _raise_bugs(outcome)
-        for name in variants or planned.chains:
+        wanted_names = tuple(variants or planned.chains)
+        failed = [
+            f"variant {name}: {outcome.failures[planned.chains[name][-1]]}"
+            for name in wanted_names
+            if planned.chains[name][-1] in outcome.failures
+        ]
+        if failed:
+            raise DeployCNNError("; ".join(failed))
+        for name in wanted_names:
             key = planned.chains[name][-1]
-            if key in outcome.failures:
-                raise DeployCNNError(f"variant {name}: {outcome.failures[key]}")
             artifact = outcome.artifacts[key]
             if artifact.format != "onnx":
                 raise RecipeError(
@@ -315,7 +321,12 @@ def _raise_baseline(recipe: Recipe, planned: Plan, outcome: Outcome) -> None:
     if failure is None:
         return
     _raise_bugs(outcome)
-    raise DeployCNNError(f"baseline {recipe.baseline}: {failure}")
+    others = [
+        f"variant {name}: {outcome.failures[keys[-1]]}"
+        for name, keys in planned.chains.items()
+        if outcome.failures.get(keys[-1], failure) != failure
+    ]
+    raise DeployCNNError("; ".join([f"baseline {recipe.baseline}: {failure}", *others]))
 
 
 def _raise_bugs(outcome: Outcome) -> None:
@@ -332,7 +343,7 @@ def _problems(outcome: Outcome, planned: Plan, measured: measure.Measured, recip
     ]
     asked = set(recipe.profile.runtimes)
     problems += [f"{spec}: {why}" for spec, why in measured.unavailable.items() if spec in asked]
-    return tuple(problems)
+    return (*problems, *measured.problems())
 
 
 def problems_of(report: Mapping[str, Any]) -> tuple[str, ...]:

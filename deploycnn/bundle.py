@@ -4,7 +4,8 @@
 
     best/
       model.onnx           with preprocessing and class names in its metadata
-      deploy.json          preprocessing, classes, input and output, runtime, evidence, sha256 of the model
+      model.onnx.data      weights, where the model is larger than 2 GB
+      deploy.json          preprocessing, classes, input and output, runtime, evidence, sha256 of the model's files
       predict.py           runs the model on image files; needs numpy, Pillow and the runtime, not deploycnn
 """
 
@@ -23,6 +24,9 @@ from deploycnn.core import Artifact
 
 #: The script that goes into every bundle; a file of its own so that it is linted and tested as it ships.
 PREDICT = Path(__file__).with_name("_bundle") / "predict.py"
+
+#: What lies beside a model in the store and stays there.
+_NOT_THE_MODEL = ("manifest.json", "log.txt")
 
 
 def write_bundle(
@@ -46,16 +50,14 @@ def write_bundle(
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            model = staging / "model.onnx"
-            shutil.copyfile(artifact.path, model)
-            with model.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests = _copy_model(artifact.path, staging)
             description = {
                 "schema_version": 1,
                 "deploycnn": __version__,
                 "variant": variant,
                 "key": artifact.key,
-                "sha256": digest,
+                "sha256": digests["model.onnx"],
+                "files": digests,
                 "runtime": runtime,
                 "preprocessing": artifact.facts.preprocessing,
                 "classes": list(artifact.facts.classes),
@@ -71,6 +73,21 @@ def write_bundle(
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def _copy_model(model: Path, folder: Path) -> dict[str, str]:
+    """Copy an ONNX artifact's files, weights beside the model included; the sha256 of each by name."""
+    digests = {}
+    for item in sorted(model.parent.rglob("*")):
+        name = item.relative_to(model.parent)
+        if not item.is_file() or str(name) in _NOT_THE_MODEL:
+            continue
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(item, copy)
+        with copy.open("rb") as file:
+            digests[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

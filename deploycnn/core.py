@@ -200,6 +200,10 @@ class Pass(ABC):
     main: ClassVar[str | None] = None
     #: Bump when the same fields produce another output.
     version: ClassVar[int] = 1
+    #: Precisions that it takes (``Facts.precision``); ``None``: any. A plan is refused where it is known not to fit.
+    takes_precision: ClassVar[tuple[str, ...] | None] = None
+    #: Precision of what it makes; ``None``: as before.
+    gives_precision: ClassVar[str | None] = None
     #: Whether ``ctx.data`` must be there.
     needs_data: ClassVar[bool] = False
     #: Whether the output depends on ``ctx.target`` (which then enters the key).

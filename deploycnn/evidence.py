@@ -89,6 +89,11 @@ def _data(figures: Figures) -> dict[str, Any] | None:
 def _warnings(figures: Figures) -> list[str]:
     # Failed variants and unavailable runtimes are told where their figures would stand.
     found = [f"{name} on {spec}: {why}" for (name, spec), why in figures.measured.failures.items()]
+    found += [
+        f"{entry.name}: its outputs hardly depend on the image, so that their parity with the original says little"
+        for entry in figures.inputs.entries
+        if entry.parity and entry.parity.get("informative") is False
+    ]
     for timing in figures.measured.timings:
         words = {row.disturbance.words for row in timing.rows if row.disturbance and row.disturbance.words}
         found += [

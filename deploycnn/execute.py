@@ -123,7 +123,7 @@ def _make(
 ) -> Artifact:
     log = logging.getLogger(f"deploycnn.run.{step.folder}")
     with store.workplace(step) as (output, scratch):
-        handler = logging.FileHandler(output / "log.txt", delay=True)
+        handler = _Log(output / "log.txt", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
@@ -164,6 +164,14 @@ def _make(
         )
     store.clear_failure(step.folder)
     return artifact
+
+
+class _Log(logging.FileHandler):
+    """A step's log, which fails like any other file of the step instead of printing tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's signature
+        """Let a full disk end the step."""
+        raise  # noqa: PLE0704 - logging calls this while it handles the error
 
 
 def available_threads() -> int:

@@ -63,8 +63,23 @@ class Measured:
     predictions: dict[tuple[str, str, str], Predictions] = field(default_factory=dict)
     memory_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    #: Why accuracy or memory of a pair is missing.
-    failures: dict[tuple[str, str], str] = field(default_factory=dict)
+    #: Why the accuracy of a pair is missing, and why its memory.
+    accuracy_failures: dict[tuple[str, str], str] = field(default_factory=dict)
+    memory_failures: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> dict[tuple[str, str], str]:
+        """Why accuracy, or else memory, of a pair is missing."""
+        return {**self.memory_failures, **self.accuracy_failures}
+
+    def problems(self) -> tuple[str, ...]:
+        """Pairs whose accuracy was asked for and could not be measured: a line for each runtime and reason."""
+        told: dict[tuple[str, str], list[str]] = {}
+        for (name, spec), why in self.accuracy_failures.items():
+            told.setdefault((spec, why), []).append(name)
+        return tuple(
+            f"accuracy of {', '.join(names)} on {spec}: {why}" for (spec, why), names in told.items()
+        )
 
 
 def label(subject: str, runtime: str) -> str:
@@ -275,7 +290,7 @@ class _Measurement:
                         finally:
                             opened.close()
                 except DeployCNNError as error:
-                    result.failures[subject.name, spec] = str(error)
+                    result.accuracy_failures[subject.name, spec] = str(error)
                     self.events.error(f"{title}: {error}")
                     break
                 self.store.write_measurement(name, predictions.to_json())
@@ -304,7 +319,7 @@ class _Measurement:
                 try:
                     peak = peak_memory_bytes(subject.artifact, spec, batch_size=batch_size, threads=1)
                 except (ArtifactError, RuntimeUnavailable) as error:
-                    result.failures.setdefault((subject.name, spec), str(error))
+                    result.memory_failures[subject.name, spec] = str(error)
                     continue
                 self.store.write_measurement(name, {"peak_memory_bytes": peak})
                 result.memory_bytes[subject.name, spec] = peak

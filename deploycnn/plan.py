@@ -87,7 +87,7 @@ def check_chains(recipe: Recipe) -> None:
     """Check what can be checked without data.
 
     Raises:
-        RecipeError: a chain's formats do not fit, or a pass needs data and the recipe has none.
+        RecipeError: a chain's formats or precisions do not fit, or a pass needs data and the recipe has none.
     """
     from deploycnn import registry
     from deploycnn.runtimes.base import parse_spec
@@ -96,6 +96,8 @@ def check_chains(recipe: Recipe) -> None:
     source_name, source = recipe.source
     for variant in recipe.variants:
         previous_name, format_ = source_name, source.produces
+        # A file's precision is known once it is opened; until then any pass may follow it.
+        precision = "fp32" if format_ == "torch" else None
         for index, (name, step) in enumerate(variant.passes):
             where = f"variants.{variant.name}.{index}.{name}"
             if step.consumes != format_:
@@ -103,9 +105,15 @@ def check_chains(recipe: Recipe) -> None:
                     f'{where}: needs a model in {step.consumes} format, but "{previous_name}" before it gives '
                     f"{format_}; {_mend(step.consumes, format_)}"
                 )
+            if step.takes_precision is not None and precision not in (None, *step.takes_precision):
+                raise RecipeError(
+                    f'{where}: takes {" or ".join(step.takes_precision)}, but "{previous_name}" before it gives '
+                    f"{precision}; put {name} directly behind export"
+                )
             if step.needs_data and recipe.data is None:
                 raise RecipeError(f"{where}: needs images, but the recipe has no `data`")
             previous_name, format_ = name, step.produces
+            precision = step.gives_precision or precision
         if not any(format_ in formats for formats in accepted.values()):
             raise RecipeError(
                 f"variants.{variant.name}: ends in {format_} format, which none of the runtimes "

@@ -110,7 +110,7 @@ def profile(
         unmeasured = api.problems_of(report)
         api.write_report(opened, report)
     problems = [f"{spec}: {why}" for spec, why in measured.unavailable.items()]
-    return api.Run(path=folder, report=report, problems=(*problems, *unmeasured))
+    return api.Run(path=folder, report=report, problems=(*problems, *measured.problems(), *unmeasured))
 
 
 def _require_usable(path: Path, recipe: Recipe | None) -> None:

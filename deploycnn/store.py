@@ -105,8 +105,9 @@ class Store:
     def discard(self, step: Step) -> None:
         """Move a damaged artifact out of the way."""
         grave = self.root / "failures" / f"damaged-{step.folder}-{time.time_ns()}"
-        grave.parent.mkdir(exist_ok=True)
-        self.folder(step).rename(grave)
+        with files.storage_errors(grave):
+            grave.parent.mkdir(exist_ok=True)
+            self.folder(step).rename(grave)
 
     @contextlib.contextmanager
     def workplace(self, step: Step) -> Iterator[tuple[Path, Path]]:
@@ -165,12 +166,13 @@ class Store:
     def link_variants(self, plan: Plan) -> None:
         """Make ``variants/NAME`` point at each variant's last artifact, where it has been made."""
         folder = self.root / "variants"
-        folder.mkdir(exist_ok=True)
-        for name, keys in plan.chains.items():
-            step, link = plan.step(keys[-1]), folder / name
-            link.unlink(missing_ok=True)
-            if self.has(step):
-                link.symlink_to(Path("..") / "artifacts" / step.folder)
+        with files.storage_errors(folder):
+            folder.mkdir(exist_ok=True)
+            for name, keys in plan.chains.items():
+                step, link = plan.step(keys[-1]), folder / name
+                link.unlink(missing_ok=True)
+                if self.has(step):
+                    link.symlink_to(Path("..") / "artifacts" / step.folder)
 
     def record_failure(self, step_folder: str, error: BaseException) -> Path:
         """Keep a failure's traceback for people; it never counts as a result."""

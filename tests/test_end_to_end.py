@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import deploycnn
-from deploycnn import api, store
+from deploycnn import api, files, store
 from deploycnn.cli import main
 from deploycnn.errors import ArtifactError, DataError, DeployCNNError, RecipeError
 from deploycnn.profile_models import parse_threads
@@ -209,6 +210,146 @@ def test_the_bundle_predicts_without_this_package(run: api.Run, tmp_path: Path) 
         assert float(probability) == pytest.approx(row.max(), abs=2e-3)
 
 
+def test_the_bundle_names_images_that_it_cannot_read(run: api.Run, tmp_path: Path) -> None:
+    from PIL import Image
+
+    bundle = deploycnn.export(run.path / "recipe.yaml", variants=["int8"], out=run.path)["int8"]
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "good.png")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no image")
+    names = ["missing.png", "cut.jpg", "text.png", "good.png"]
+    script = [sys.executable, "-I", str(bundle / "predict.py")]
+    done = subprocess.run([*script, *names], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.startswith("good.png\t")
+    errors = done.stderr.splitlines()
+    assert [line.split(":")[:2] for line in errors] == [["error", f" {name}"] for name in names[:3]]
+    (bundle / "model.onnx").rename(bundle / "elsewhere.onnx")
+    done = subprocess.run([*script, "good.png"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "model.onnx: missing" in done.stderr
+    (bundle / "elsewhere.onnx").rename(bundle / "model.onnx")
+
+
+def test_the_bundle_holds_weights_that_lie_beside_the_model(run: api.Run, tmp_path: Path) -> None:
+    import dataclasses
+    import hashlib
+
+    import onnx
+
+    from deploycnn import bundle
+
+    artifact = store.load_artifact((run.path / "variants/fp32").resolve())
+    large = tmp_path / "large"
+    large.mkdir()
+    onnx.save_model(
+        onnx.load(artifact.path), large / "model.onnx", save_as_external_data=True, location="model.onnx.data",
+        size_threshold=1000,
+    )  # fmt: skip
+    (large / "manifest.json").write_text("{}")
+    (large / "log.txt").write_text("")
+    moved = dataclasses.replace(artifact, path=large / "model.onnx")
+    bundle.write_bundle(tmp_path / "best", moved, variant="fp32", runtime=None, evidence={})
+    assert sorted(item.name for item in (tmp_path / "best").iterdir()) == [
+        "deploy.json", "model.onnx", "model.onnx.data", "predict.py",
+    ]  # fmt: skip
+    described = json.loads((tmp_path / "best/deploy.json").read_text())
+    weights = (tmp_path / "best/model.onnx.data").read_bytes()
+    assert described["files"]["model.onnx.data"] == hashlib.sha256(weights).hexdigest()
+    import onnxruntime
+
+    onnxruntime.InferenceSession(str(tmp_path / "best/model.onnx"))
+
+
+@pytest.mark.parametrize("victim", ["predictions", "memory", "timing", "report.json"])
+def test_a_full_disk_while_measuring_is_one_line(
+    run: api.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    victim: str,
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out, symlinks=True)
+    for name in ("report.json", "report.html", "report.md"):
+        (out / name).unlink()
+    for path in out.glob("measurements/*"):
+        path.unlink()
+    whole = files.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name.startswith(victim):
+            with files.storage_errors(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, text)
+
+    monkeypatch.setattr(files, "write_text", full)
+    settings = ["--set", "profile.memory=true"]
+    code = main(["compress", str(out / "recipe.yaml"), "--out", str(out), "--quiet", *settings])
+    lines = capsys.readouterr().err.splitlines()
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith("error: ")
+    assert "no space left" in lines[0]
+    assert not (out / "report.json").exists()
+    assert not list(out.rglob(".*.tmp*"))
+
+
+@pytest.mark.parametrize("victim", ["copyfile", "symlink_to"])
+def test_a_full_disk_in_export_is_one_line(
+    run: api.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    victim: str,
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out, symlinks=True)
+    shutil.rmtree(out / "deploy", ignore_errors=True)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil if victim == "copyfile" else Path, victim, full)
+    code = main(["export", str(out / "recipe.yaml"), "--variant", "int8", "--out", str(out), "--quiet"])
+    lines = capsys.readouterr().err.splitlines()
+    assert (code, len(lines)) == (2, 1)
+    assert "no space left" in lines[0]
+    assert not (out / "deploy/int8").exists()
+    assert not list((out).glob("deploy/.int8*"))
+
+
+def test_accuracy_that_could_not_be_measured_is_a_problem(
+    run: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out, symlinks=True)
+    for path in out.glob("measurements/predictions-*"):
+        path.unlink()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise DataError("photo.png: vanished")
+
+    monkeypatch.setattr("deploycnn.profiling.accuracy.evaluate", broken)
+    assert main(["compress", str(out / "recipe.yaml"), "--out", str(out), "--quiet"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told == [
+        "error: accuracy of fp32, int8, small on onnxruntime:cpu: photo.png: vanished",
+        "error: accuracy of torch on pytorch:eager: photo.png: vanished",
+    ]
+
+
+def test_a_failing_baseline_is_told_once_when_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    variants = "{a: [export, {int8: {exclude: [no_such_node]}}], b: [export]}"
+    path.write_text(f"source: {{zoo: lenet5}}\ndata: digits\nvariants: {variants}\n")
+    assert main(["compress", str(path), "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert capsys.readouterr().err.count("no_such_node") == 1
+
+
 def test_a_variant_that_fails_is_reported_and_the_others_are_measured(tmp_path: Path, capfd: Any) -> None:
     recipe = {
         **RECIPE,
@@ -244,6 +385,14 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_checkpoint(tmp_path:
         ("source: {zoo: lenet5}\nvariants: {a: [export]}\nprofle: {}", 'did you mean "profile"?'),
         ("source: {onnx: missing.onnx}\nvariants: {a: []}", "no such file"),
         ("source: {zoo: lenet5}\nvariants: {a: [{train: {epochs: 1}}, export]}", "needs images"),
+        (
+            "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, int8, int8]}",
+            'variants.a.2.int8: takes fp32, but "int8" before it gives int8; put int8 directly behind export',
+        ),
+        (
+            "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, fp16, int8]}",
+            'variants.a.2.int8: takes fp32, but "fp16" before it gives fp16',
+        ),
     ],
 )
 def test_bad_recipes_end_with_one_line_and_leave_nothing(

@@ -3,7 +3,8 @@
     python predict.py image.jpg [more images]
 
 Needs numpy, Pillow and onnxruntime (or openvino). The preprocessing is the one that the model was trained,
-calibrated and measured with; it is read from deploy.json.
+calibrated and measured with; it is read from deploy.json. Exit code 2: an image or the model cannot be used, told
+in one line each; the other images are classified all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FILTERS = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "nearest": "NEAREST", "area": "BOX"}
 
@@ -77,28 +78,67 @@ def load(folder: Path, runtime: str) -> Callable[[np.ndarray], np.ndarray]:
     provider = "CUDAExecutionProvider" if runtime.endswith(":cuda") else "CPUExecutionProvider"
     session = onnxruntime.InferenceSession(path, providers=[provider])
     if session.get_providers()[0] != provider:
-        sys.exit(f"{provider} did not load; this model was measured on it")
+        raise ImportError(f"{provider} did not load")
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 
 
-def main(paths: Sequence[str]) -> None:
-    """Print the class and its probability for each image."""
-    if not paths:
-        sys.exit(__doc__)
-    folder = Path(__file__).resolve().parent
-    deploy = json.loads((folder / "deploy.json").read_text())
-    if deploy["preprocessing"] is None:
-        sys.exit("deploy.json does not say how images are prepared for this model")
-    model = load(folder, deploy["runtime"] or "onnxruntime")
-    for path in paths:
+def opened(path: str) -> Image.Image:
+    """The image in a file, decoded whole, so that a truncated one is found here.
+
+    Raises:
+        ValueError: it is missing or no image; says which.
+    """
+    try:
         with Image.open(path) as picture:
-            logits = model(prepare(picture, deploy["preprocessing"]))[0]
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
+
+
+def fail(message: str) -> int:
+    """Tell what is wrong in one line; the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(paths: Sequence[str]) -> int:
+    """Print the class and its probability for each image; the exit code."""
+    if not paths:
+        print(__doc__, file=sys.stderr)
+        return 2
+    folder = Path(__file__).resolve().parent
+    try:
+        deploy = json.loads((folder / "deploy.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return fail(f"{folder / 'deploy.json'}: cannot be read ({error}); copy the whole folder")
+    if deploy["preprocessing"] is None:
+        return fail("deploy.json does not say how images are prepared for this model")
+    missing = [name for name in deploy["files"] if not (folder / name).is_file()]
+    if missing:
+        return fail(f"{folder / missing[0]}: missing; copy the whole folder")
+    try:
+        model = load(folder, deploy["runtime"] or "onnxruntime")
+    except ImportError as error:
+        return fail(f"{error}; install it, this model was measured on {deploy['runtime'] or 'onnxruntime'}")
+    worst = 0
+    for path in paths:
+        try:
+            picture = opened(path)
+        except ValueError as error:
+            worst = fail(str(error))
+            continue
+        logits = model(prepare(picture, deploy["preprocessing"]))[0]
         odds = np.exp(logits - logits.max())
         best = int(odds.argmax())
         name = deploy["classes"][best] if deploy["classes"] else best
         print(f"{path}\t{name}\t{odds[best] / odds.sum():.3f}")
+    return worst
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

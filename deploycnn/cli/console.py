@@ -70,7 +70,7 @@ class Console:
 
     Args:
         plain: Force plain lines (``True``) or the live line (``False``); decide by the stream when ``None``.
-        quiet: Print warnings and errors only.
+        quiet: Print warnings only. What fails is told at the end, with the result or instead of it.
         stream: Standard error when ``None``.
     """
 
@@ -142,7 +142,7 @@ class Console:
         if self._live is not None and self._task is not None:
             self._live.remove_task(self._task)
             self._task = None
-        if self._quiet and outcome != "failed":
+        if self._quiet:
             return
         if self._plain:
             self._line(_WORDS[outcome], f"{name}{took}")
@@ -161,6 +161,8 @@ class Console:
 
     def error(self, text: str) -> None:
         """Print something that failed."""
+        if self._quiet:
+            return
         self._say("error", text, "bold red")
 
     def _say(self, kind: str, text: str, style: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 
 _T = TypeVar("_T")
+
+#: Columns that names of layers get before a column is left out, and at least.
+_NAME_WIDTH, _LEAST_NAME_WIDTH = 24, 12
+#: Columns that kinds of layers are cut to where room is short.
+_KIND_WIDTH = 11
 
 
 def _image_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -91,19 +97,28 @@ def _shape(stated: tuple[int | None, ...]) -> tuple[int, ...] | None:
 
 
 def render(table: ModelTable, width: int) -> list[str]:
-    """The table and its totals as lines; names are cut to what ``width`` leaves for them."""
+    """The table and its totals as lines; names and kinds are cut to what ``width`` leaves for them.
+
+    Where that is too little, the column of inputs goes first (they are the outputs of the row above), then that of
+    receptive fields.
+    """
     from deploycnn.report import words
     from deploycnn.report.text import aligned
 
     titles = ["layer", "kind", "input", "output", "params", "MACs", "field", "memory"]
     numeric = [False] * 4 + [True] * 4
     rows = [_row(row) for row in table.rows]
-    if (
-        _width(titles, rows) - _column(titles, rows, 0) + 24 > width
-    ):  # shapes of inputs are the row above's outputs
-        titles, numeric, rows = _without(titles, 2), _without(numeric, 2), [_without(row, 2) for row in rows]
-    room = max(12, width - (_width(titles, rows) - _column(titles, rows, 0)))
-    rows = [[_tail(row[0], room), *row[1:]] for row in rows]
+    for name, least, kinds in (("input", _NAME_WIDTH, None), ("field", _LEAST_NAME_WIDTH, _KIND_WIDTH)):
+        shortest = [[row[0], row[1][:kinds], *row[2:]] for row in rows]
+        if _width(titles, shortest) - _column(titles, shortest, 0) + least > width:
+            index = titles.index(name)
+            titles, numeric = _without(titles, index), _without(numeric, index)
+            rows = [_without(row, index) for row in rows]
+    others = _width(titles, rows) - _column(titles, rows, 0) - _column(titles, rows, 1)
+    room = max(_KIND_WIDTH, width - others - min(_NAME_WIDTH, _column(titles, rows, 0)))
+    rows = [[row[0], _head(row[1], room), *row[2:]] for row in rows]
+    names = max(_LEAST_NAME_WIDTH, width - others - _column(titles, rows, 1))
+    rows = [[_tail(row[0], names), *row[1:]] for row in rows]
     size = "x".join(str(value) for value in table.input_shape) or "(size not stated, see --input-size)"
     macs = f"{words.scaled(table.macs)} MACs" if table.macs is not None else "MACs unknown"
     memory = (
@@ -111,7 +126,11 @@ def render(table: ModelTable, width: int) -> list[str]:
         f"at least {words.scaled(table.peak_activation_bytes, 'B')} at once"
     )
     totals = f"{words.clean(table.name)}: {table.params:,} params, {macs}, {memory}; one {size} image"
-    return [*aligned(titles, rows, numeric), "", totals]
+    return [
+        *aligned(titles, rows, numeric),
+        "",
+        *textwrap.wrap(totals, max(width, 40), break_long_words=False),
+    ]
 
 
 def _row(row: LayerRow) -> list[str]:
@@ -132,6 +151,11 @@ def _row(row: LayerRow) -> list[str]:
 def _tail(text: str, width: int) -> str:
     """``text``, cut at its front: the end of a layer's name is what tells it apart."""
     return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
+
+
+def _head(text: str, width: int) -> str:
+    """``text``, cut at its end."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _without(values: list[_T], index: int) -> list[_T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 
 import click
 
@@ -15,25 +16,35 @@ _KINDS = {"passes": "pass", "sources": "source", "data": "data", "runtimes": "ru
 @click.argument("name", required=False)
 def command(name: str | None) -> None:
     """List what can stand in a recipe; with NAME, its options with types, defaults and meaning."""
+    width = shutil.get_terminal_size((80, 24)).columns
     if name is None:
         for title, kind in _KINDS.items():
             click.echo(f"{title}:")
             for known in registry.names(kind):
-                click.echo(f"  {known:<14} {_summary(registry.get(kind, known))}")
+                summary = _summary(registry.get(kind, known))
+                click.echo(_wrapped(summary, width, first=f"  {known:<14} ", rest=" " * 17))
         return
     kind = next((kind for kind in _KINDS.values() if name in registry.names(kind)), "pass")
     cls = registry.get(kind, name)
-    click.echo(f"{name} ({kind}): {inspect.getdoc(cls)}")
+    description = f"{name} ({kind}): {inspect.getdoc(cls)}"
+    click.echo("\n\n".join(_wrapped(part, width) for part in description.split("\n\n")))
     if kind == "runtime":
-        click.echo(f"\n  written {name}:MODE; modes: {', '.join(cls.modes)} (the first is the default)")
+        modes = f"written {name}:MODE; modes: {', '.join(cls.modes)} (the first is the default)"
+        click.echo("\n" + _wrapped(modes, width, first="  ", rest="  "))
         return
     rows = schema.describe(cls)
-    width = max((len(row[0]) for row in rows), default=0)
+    longest = max((len(row[0]) for row in rows), default=0)
     for field, type_, default, text in rows:
         ending = "required" if default == "required" else f"default {default}"
-        click.echo(f"\n  {field:<{width}}  {type_}, {ending}")
+        indent = " " * (longest + 4)
+        click.echo("\n" + _wrapped(f"{type_}, {ending}", width, first=f"  {field:<{longest}}  ", rest=indent))
         if text:
-            click.echo(click.wrap_text(text, width=78, initial_indent="    ", subsequent_indent="    "))
+            click.echo(_wrapped(text, width, first="    ", rest="    "))
+
+
+def _wrapped(text: str, width: int, *, first: str = "", rest: str = "") -> str:
+    """Words of ``text`` in lines of ``width`` columns."""
+    return click.wrap_text(" ".join(text.split()), width, initial_indent=first, subsequent_indent=rest)
 
 
 def _summary(cls: type[object]) -> str:

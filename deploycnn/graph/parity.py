@@ -27,10 +27,12 @@ Evaluate = Callable[[npt.NDArray[np.float32]], list[Array]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """What counts as equal: ``|a - b| <= absolute + relative * max|b|``, the maximum over one image's output.
+    """What counts as equal: ``|a - b| <= absolute * min(1, p) + relative * max|b|``.
 
-    Rounding errors grow with the largest terms of the sums that made an output, not with the output element
-    itself, which may be near zero by cancellation. Hence the maximum.
+    The maximum is over one image's output: rounding errors grow with the largest terms of the sums that made an
+    output, not with the output element itself, which may be near zero by cancellation. ``p`` is the largest
+    ``|b|`` of all images: an absolute error means something for outputs of usual size only, and would let any graph
+    pass whose outputs nearly vanish (deep nets with random weights).
     """
 
     absolute: float
@@ -44,6 +46,9 @@ class Parity:
     Attributes:
         max_abs_error: Largest ``|a - b|`` over all outputs and images.
         max_rel_error: Largest ``|a - b| / max|b|``, the maximum over one image's output.
+        max_spread_error: Largest ``|a - b|`` as a share of how far outputs of different images lie apart (the largest
+            distance of an output element from its mean over the images). Where outputs hardly depend on the image
+            this alone tells that equality means little; ``None`` for a single image or equal outputs.
         worst_ratio: Largest ``|a - b|`` as a share of what is tolerated; above 1 is a failure; ``None``
             where nothing was demanded.
         top1_agreement: Share of images, in [0, 1], whose largest logit is the same; ``None`` where the output
@@ -57,6 +62,7 @@ class Parity:
 
     max_abs_error: float
     max_rel_error: float
+    max_spread_error: float | None
     worst_ratio: float | None
     top1_agreement: float | None
     tolerance: Tolerance | None
@@ -68,7 +74,12 @@ class Parity:
 
     def to_json(self) -> Json:
         """The record kept with the artifact."""
-        return {**asdict(self), "batch_sizes": list(self.batch_sizes)}
+        return {**asdict(self), "batch_sizes": list(self.batch_sizes), "informative": self.informative}
+
+    @property
+    def informative(self) -> bool:
+        """Whether outputs depend on the image by more than rounding, so that equal outputs mean equal graphs."""
+        return self.max_spread_error is not None and self.max_spread_error < _WEAK
 
     def check(self, what: str) -> None:
         """Refuse a graph beyond the tolerance.
@@ -84,10 +95,16 @@ class Parity:
             return
         raise ParityError(
             f"{what} differs from its {self.reference} reference by {self.max_abs_error:.3g} (relative "
-            f"{self.max_rel_error:.3g}; allowed {self.tolerance.absolute:g} + {self.tolerance.relative:g} * "
-            f"max|output|) on {self.images} {self.source} at batch sizes {list(self.batch_sizes)}, "
-            f"top-1 agreement {self.top1_agreement}; raise the tolerance if that is acceptable"
+            f"{self.max_rel_error:.3g}; allowed {self.tolerance.absolute:g} (less for outputs below 1) + "
+            f"{self.tolerance.relative:g} * max|output|) on {self.images} {self.source} at batch sizes "
+            f"{list(self.batch_sizes)}, top-1 agreement {self.top1_agreement}; raise the tolerance if "
+            "that is acceptable"
         )
+
+
+_TINY = float(np.finfo(np.float32).tiny)
+#: Beyond this share of the outputs' spread, an error says that the outputs hardly depend on the image.
+_WEAK = 0.1
 
 
 def measure_parity(
@@ -105,23 +122,29 @@ def measure_parity(
     Without a tolerance the errors are measured and nothing is demanded.
     """
     absolute = relative = worst = 0.0
+    spread: float | None = None
     agreeing = total = 0
     for batch_size in batch_sizes:
-        for batch in _chunks(images_NCHW, batch_size):
-            expected, actual = reference(batch), candidate(batch)
+        pairs = [(reference(batch), candidate(batch)) for batch in _chunks(images_NCHW, batch_size)]
+        for expected, actual in pairs:
             if expected[0].ndim == 2 and expected[0].shape == actual[0].shape:
                 agreeing += int((expected[0].argmax(axis=1) == actual[0].argmax(axis=1)).sum())
-                total += len(batch)
-            for right, found in zip(expected, actual, strict=True):
-                errors, peaks = _errors(right, found)
-                absolute = _largest(absolute, errors)
-                relative = _largest(relative, errors / np.maximum(peaks, np.finfo(np.float32).tiny))
-                if tolerance is not None:
-                    allowed = tolerance.absolute + tolerance.relative * peaks
-                    worst = _largest(worst, errors / np.maximum(allowed, np.finfo(np.float32).tiny))
+                total += len(expected[0])
+        for index in range(len(pairs[0][0])):
+            compared = [_errors(expected[index], actual[index]) for expected, actual in pairs]
+            errors, peaks = (np.concatenate(parts) for parts in zip(*compared, strict=True))
+            absolute = _largest(absolute, errors)
+            relative = _largest(relative, errors / np.maximum(peaks, _TINY))
+            apart = _spread([expected[index] for expected, _ in pairs])
+            if apart > 0:
+                spread = _largest(spread or 0.0, errors / apart)
+            if tolerance is not None:
+                allowed = tolerance.absolute * min(1.0, peaks.max()) + tolerance.relative * peaks
+                worst = _largest(worst, errors / np.maximum(allowed, _TINY))
     return Parity(
         max_abs_error=absolute,
         max_rel_error=relative,
+        max_spread_error=spread,
         worst_ratio=None if tolerance is None else worst,
         top1_agreement=agreeing / total if total else None,
         tolerance=tolerance,
@@ -140,6 +163,12 @@ def _errors(expected: Array, actual: Array) -> tuple[npt.NDArray[np.float64], np
         return np.full(len(expected), np.inf), np.abs(right).max(axis=1)
     found = actual.astype(np.float64).reshape(len(actual), -1)
     return np.abs(right - found).max(axis=1), np.abs(right).max(axis=1)
+
+
+def _spread(outputs: Sequence[Array]) -> float:
+    """Largest distance of an output element from its mean over all images; 0 for a single image."""
+    values = np.concatenate([output.astype(np.float64).reshape(len(output), -1) for output in outputs])
+    return float(np.abs(values - values.mean(axis=0)).max(initial=0.0))
 
 
 def _largest(so_far: float, values: npt.NDArray[np.float64]) -> float:

@@ -83,23 +83,31 @@ class CifarResNet(nn.Module):
     """ResNet of depth 6n + 2 with three stages of n blocks and 16, 32 and 64 channels, for small images.
 
     Input (N, in_channels, H, W), logits (N, num_classes). Any H, W >= 4 works; 32x32 is what it was made for.
+    ``widening`` multiplies all widths (the factor k of Zagoruyko and Komodakis, "Wide Residual Networks", 2016).
     """
 
     def __init__(
-        self, depth: int, *, num_classes: int = 10, in_channels: int = 3, option: ShortcutOption = "A"
+        self,
+        depth: int,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        option: ShortcutOption = "A",
+        widening: int = 1,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth should be 6n + 2 with n >= 1, got {depth}")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        first, second, third = (channels * widening for channels in (16, 32, 64))
+        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU()
-        self.layer1 = self._stage(16, 16, blocks, 1, option)
-        self.layer2 = self._stage(16, 32, blocks, 2, option)
-        self.layer3 = self._stage(32, 64, blocks, 2, option)
+        self.layer1 = self._stage(first, first, blocks, 1, option)
+        self.layer2 = self._stage(first, second, blocks, 2, option)
+        self.layer3 = self._stage(second, third, blocks, 2, option)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

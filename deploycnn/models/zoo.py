@@ -16,13 +16,14 @@ from deploycnn.models.small_mobilenet import SmallMobileNetV2
 from deploycnn.models.small_vgg import SmallVGG16BN
 
 #: Name -> builder with the keyword arguments ``num_classes`` and ``in_channels``. A trailing ``b`` means
-#: projection shortcuts (option B) in place of zero channels (option A); ``x0_5`` half the width; ``s16`` a total
-#: stride of 16 in place of 8.
+#: projection shortcuts (option B) in place of zero channels (option A); ``x0_5`` and ``x2`` half and twice the
+#: width; ``s16`` a total stride of 16 in place of 8.
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         "lenet5": LeNet5,
         **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
         **{f"resnet{depth}b": partial(CifarResNet, depth, option="B") for depth in (20, 32, 44, 56, 110)},
+        **{f"resnet{depth}x2": partial(CifarResNet, depth, widening=2) for depth in (8, 14, 20)},
         "vgg16_bn": SmallVGG16BN,
         "mobilenet_v2": SmallMobileNetV2,
         "mobilenet_v2_x0_5": partial(SmallMobileNetV2, width=0.5),

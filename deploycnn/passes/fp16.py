@@ -24,6 +24,8 @@ class Fp16(Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
+    takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
+    gives_precision: ClassVar[str | None] = "fp16"
 
     keep_fp32_ops: Annotated[tuple[str, ...], "Operator types, or names of nodes, to leave in FP32."] = ()
     calibration_images: Annotated[

@@ -37,6 +37,8 @@ class Int8(Pass):
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
     version: ClassVar[int] = 2
+    takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
+    gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
 

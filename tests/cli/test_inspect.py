@@ -41,8 +41,9 @@ def test_the_text_ends_with_the_totals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     lines = CliRunner().invoke(command, ["zoo:resnet20"]).output.splitlines()
     assert lines[0].split() == ["layer", "kind", "output", "params", "MACs", "field", "memory"]
-    assert re.match(r"zoo:resnet20: 269,722 params, 40\.\d M MACs, .*; one 3x32x32 image$", lines[-1])
-    assert max(len(line) for line in lines[:-1]) <= 100
+    totals = " ".join(lines[lines.index("") + 1 :])
+    assert re.match(r"zoo:resnet20: 269,722 params, 40\.\d M MACs, .*; one 3x32x32 image$", totals)
+    assert max(len(line) for line in lines) <= 100
 
 
 @pytest.mark.parametrize("width", [60, 80, 140, 200])
@@ -65,7 +66,7 @@ def test_the_table_keeps_to_the_width_and_shows_the_end_of_names(width: int) -> 
     assert all(len(line) <= max(width, 75) for line in lines[:-1])
     assert "convolution " in lines[2]
     assert ("input" in lines[0]) == (width >= 140)
-    assert "MACs unknown" in lines[-1]
+    assert "MACs unknown" in " ".join(lines[lines.index("") :])
     assert "\x1b" not in "".join(lines)
 
 

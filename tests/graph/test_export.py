@@ -184,6 +184,45 @@ def test_errors_are_measured_against_the_images_largest_output() -> None:
     assert result.worst_ratio == pytest.approx(1.0, rel=1e-5)
 
 
+def test_outputs_that_vanish_are_held_to_their_own_size() -> None:
+    expected = np.float32([[1e-7, 2e-7], [2e-7, 1e-7]])
+    arguments = {
+        "batch_sizes": (1, 2),
+        "tolerance": Tolerance(absolute=1e-4, relative=1e-4),
+        "source": "random images",
+        "against": "pytorch",
+    }
+    x = images(2, SHAPE)
+
+    def each(values):
+        return lambda batch: [
+            values if len(batch) == 2 else values[int(np.array_equal(batch[0], x[1])) :][:1]
+        ]
+
+    same = measure_parity(each(expected), each(expected), x, **arguments)  # type: ignore[arg-type]
+    same.check("the graph")
+    wrong = measure_parity(each(expected), each(expected * 1.5), x, **arguments)  # type: ignore[arg-type]
+    assert wrong.max_abs_error < 1e-4
+    with pytest.raises(ParityError):
+        wrong.check("the graph")
+
+
+def test_parity_says_where_outputs_hardly_depend_on_the_image() -> None:
+    x = images(4, SHAPE)
+    arguments = {"batch_sizes": (4,), "tolerance": None, "source": "random images", "against": "pytorch"}
+    varied = np.float32([[0, 1], [0, 2], [0, 3], [0, 6]])  # the mean is 3: the farthest lies 3 from it
+    result = measure_parity(lambda _: [varied], lambda _: [varied + 0.03], x, **arguments)  # type: ignore[arg-type]
+    assert result.max_spread_error == pytest.approx(0.01, rel=1e-4)
+    assert result.informative
+    constant = np.ones((4, 2), np.float32)
+    result = measure_parity(lambda _: [constant], lambda _: [constant], x, **arguments)  # type: ignore[arg-type]
+    assert result.max_spread_error is None
+    assert not result.informative
+    nearly = constant + np.float32([[0], [0], [0], [1e-6]])
+    result = measure_parity(lambda _: [nearly], lambda _: [constant], x, **arguments)  # type: ignore[arg-type]
+    assert not result.informative
+
+
 def test_parity_without_onnxruntime_uses_the_reference_evaluator(model, exported, monkeypatch) -> None:
     monkeypatch.setattr("deploycnn.graph.parity.installed", lambda _: False)
     result = parity(model, exported)
