@@ -91,9 +91,10 @@ def count_fused_openvino(path: Path) -> FusedCounts:
     compiled = core.compile_model(
         core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     )
+    aliases = _openvino_names(path)
     types: collections.Counter[str] = collections.Counter()
     quantized = stray = floats = 0
-    found: dict[str, bool] = {}
+    layers: dict[str, bool] = {}
     for op in compiled.get_runtime_model().get_ordered_ops():
         info = {key: str(value.astype(str)) for key, value in op.get_rt_info().items()}
         kind, integer = info.get("layerType", ""), info.get("runtimePrecision") in _OPENVINO_INTEGER
@@ -101,15 +102,25 @@ def count_fused_openvino(path: Path) -> FusedCounts:
         stray += kind in _OPENVINO_STRAY
         if kind in _OPENVINO_COMPUTE:
             quantized, floats = quantized + integer, floats + (not integer)
-            found.update(dict.fromkeys(info.get("originalLayersNames", "").split(","), integer))
+            parts = [part.partition("/WithoutBiases")[0] for part in info["originalLayersNames"].split(",")]
+            layers.update({aliases[part]: integer for part in parts if part in aliases})
     return FusedCounts(
         runtime="openvino",
         quantized=quantized,
         stray=stray,
         float_compute=floats,
         by_operator=dict(sorted(types.items())),
-        layers={name: found[name] for name in _layers(path) if name in found},
+        layers={name: layers[name] for name in _layers(path) if name in layers},
     )
+
+
+def _openvino_names(path: Path) -> dict[str, str]:
+    """The names that OpenVINO may call a layer by -> its node's name: the last layer is called after its output."""
+    found = {}
+    for node in load_onnx(path).graph.node:
+        if node.op_type in COMPUTE:
+            found |= dict.fromkeys((node.name, node.output[0], f"{node.output[0]}_original"), node.name)
+    return found
 
 
 def _layers(path: Path) -> list[str]:
