@@ -16,9 +16,20 @@ if TYPE_CHECKING:
     from deploycnn.errors import DeployCNNError
     from deploycnn.models.inspection import inspect_model as inspect
     from deploycnn.profile_models import profile
+    from deploycnn.quantization.lint import lint_model as lint
     from deploycnn.recipe import Recipe
 
-__all__ = ["DeployCNNError", "Recipe", "Run", "__version__", "compress", "export", "inspect", "profile"]
+__all__ = [
+    "DeployCNNError",
+    "Recipe",
+    "Run",
+    "__version__",
+    "compress",
+    "export",
+    "inspect",
+    "lint",
+    "profile",
+]
 
 #: Public name -> where it lives.
 _HOME = {
@@ -28,6 +39,7 @@ _HOME = {
     "compress": "deploycnn.api:compress",
     "export": "deploycnn.api:export",
     "inspect": "deploycnn.models.inspection:inspect_model",
+    "lint": "deploycnn.quantization.lint:lint_model",
     "profile": "deploycnn.profile_models:profile",
 }
 

@@ -143,7 +143,7 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
 
 def test_public_names_are_these_and_all_load() -> None:
     assert sorted(deploycnn.__all__) == [
-        "DeployCNNError", "Recipe", "Run", "__version__", "compress", "export", "inspect", "profile",
+        "DeployCNNError", "Recipe", "Run", "__version__", "compress", "export", "inspect", "lint", "profile",
     ]  # fmt: skip
     assert all(getattr(deploycnn, name) is not None for name in deploycnn.__all__)
     with pytest.raises(AttributeError):

@@ -14,7 +14,7 @@ from deploycnn import __version__
 from deploycnn.errors import DeployCNNError
 
 #: Verbs in the order in which people need them.
-VERBS = ("compress", "export", "profile", "inspect", "recipes", "passes", "doctor", "completion")
+VERBS = ("compress", "export", "profile", "inspect", "lint", "recipes", "passes", "doctor", "completion")
 
 
 class _Verbs(click.Group):

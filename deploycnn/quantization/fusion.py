@@ -116,7 +116,7 @@ def count_fused_openvino(path: Path) -> FusedCounts:
 
 def _openvino_names(path: Path) -> dict[str, str]:
     """The names that OpenVINO may call a layer by -> its node's name: the last layer is called after its output."""
-    found = {}
+    found: dict[str, str] = {}
     for node in load_onnx(path).graph.node:
         if node.op_type in COMPUTE:
             found |= dict.fromkeys((node.name, node.output[0], f"{node.output[0]}_original"), node.name)
