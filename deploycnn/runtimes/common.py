@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deploycnn.errors import ArtifactError, DeployCNNError, RuntimeUnavailable
 from deploycnn.runtimes.base import Availability
@@ -141,3 +143,107 @@ def tiny_onnx() -> bytes:
         graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
     ).SerializeToString()
     return model
+
+
+def graph_precision(model: Any) -> str:
+    """The precision of the convolutions and matrix products in an (optimized) ONNX model."""
+    import onnx
+
+    floats = {
+        onnx.TensorProto.FLOAT: "f32",
+        onnx.TensorProto.FLOAT16: "f16",
+        onnx.TensorProto.BFLOAT16: "bf16",
+    }
+    weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    found = []
+    for node in model.graph.node:
+        if node.op_type not in COMPUTE_OPS:
+            continue
+        if node.op_type.startswith("Q") or node.op_type.endswith("Integer"):
+            found.append("int8")
+            continue
+        source = made_by.get(node.input[1])
+        kind = weights.get(node.input[1])
+        if source is not None and source.op_type == "Cast":
+            kind = next(item.i for item in source.attribute if item.name == "to")
+        # a weight that is dequantized or computed on the fly is f32 in all graphs that ONNX Runtime makes
+        found.append(floats.get(kind, "f32") if kind is not None else "f32")
+    return precision_label(found, ["f32"])
+
+
+@contextmanager
+def onnxruntime_errors(path: Path | str, version: str) -> Iterator[None]:
+    """Turn ONNX Runtime's own exceptions into ArtifactError; anything else passes."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    try:
+        yield
+    except state.InvalidProtobuf as error:
+        raise ArtifactError(
+            f"{path}: not an ONNX file, or cut short ({_onnxruntime_reason(error)}); copy it again"
+        ) from error
+    except state.NotImplemented as error:
+        raise ArtifactError(
+            f"{path}: an operator is not supported by onnxruntime: {_onnxruntime_reason(error)}"
+        ) from error
+    except (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.NoModel, state.NoSuchFile,
+        state.NotFound, state.EPFail, state.RuntimeException,
+    ) as error:  # fmt: skip
+        raise ArtifactError(
+            f"{path}: onnxruntime {version} cannot load or run it: {_onnxruntime_reason(error)}"
+        ) from error
+
+
+def _onnxruntime_reason(error: Exception) -> str:
+    text = str(error).rpartition(" failed:")[2]
+    opset = re.search(
+        r"Opset (\d+) is under development.*support for domain (\S+) is till opset (\d+)", text, re.DOTALL
+    )
+    if opset:
+        return f"it is made for opset {opset[1]} of {opset[2]}, known up to {opset[3]}; upgrade or re-export"
+    return one_line(text.removeprefix("[ONNXRuntimeError] : "))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphFacts:
+    """What a session is set up by, read from an ONNX file.
+
+    Attributes:
+        half: It holds float16 or bfloat16 weights.
+        quantized: It holds Q/DQ nodes or int8 weights.
+        input_name: Of the image input; empty unless there is one input.
+        input_shape: ``None`` is a dynamic axis.
+    """
+
+    half: bool
+    quantized: bool
+    input_name: str
+    input_shape: tuple[int | None, ...]
+
+    def profile(self, batch_size: int) -> tuple[str, tuple[int, ...]] | None:
+        """The input and its whole shape at this batch size; ``None`` where the graph does not state it."""
+        rest = [axis for axis in self.input_shape[1:] if axis is not None]
+        if not self.input_name or len(rest) != len(self.input_shape) - 1:
+            return None
+        return self.input_name, (batch_size, *rest)
+
+
+@functools.lru_cache(maxsize=256)
+def graph_facts(path: Path, size: int, mtime_ns: int) -> GraphFacts:  # noqa: ARG001 - cache key
+    """Read once for each file."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    kinds = {tensor.data_type for tensor in graph.initializer}
+    quantized = any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in graph.node)
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [item for item in graph.input if item.name not in weights]
+    axes = inputs[0].type.tensor_type.shape.dim if len(inputs) == 1 else []
+    return GraphFacts(
+        half=bool(kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}),
+        quantized=quantized or onnx.TensorProto.INT8 in kinds,
+        input_name=inputs[0].name if len(inputs) == 1 else "",
+        input_shape=tuple(axis.dim_value if axis.dim_value > 0 else None for axis in axes),
+    )

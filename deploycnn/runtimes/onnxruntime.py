@@ -1,8 +1,11 @@
 """ONNX Runtime on the CPU and on NVIDIA GPUs.
 
 The execution provider that was asked for is verified after loading, twice: it must be among the session's
-providers, and (for CUDA) every convolution and matrix product must have been assigned to it. ONNX Runtime
+providers, and (on GPUs) every convolution and matrix product must have been assigned to it. ONNX Runtime
 itself merely logs a provider that does not load and goes on with the CPU.
+
+On GPUs, inputs and outputs are bound in device memory (``gpu.ort.OrtLane``), page-locked memory is copied to and from
+it on the stream on which the session computes, and CUDA events on that stream take the time.
 
 Threads: ``intra_op_num_threads`` is set, ``inter_op`` is 1, execution is sequential. Spinning between the
 operators stays on, as it is by default: without it latency with two threads is 1.7 times higher, and that is
@@ -12,24 +15,27 @@ not what anyone deploys. Two sessions that spin at once disturb each other, so t
 from __future__ import annotations
 
 import functools
-import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deploycnn import optional
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.gpu import device as gpu
+from deploycnn.gpu import ort as gpu_ort
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
 from deploycnn.runtimes.common import (
     COMPUTE_OPS,
+    GraphFacts,
     check_batch,
     check_file,
     check_images,
     check_request,
-    one_line,
+    graph_facts,
+    graph_precision,
+    onnxruntime_errors,
     precision_label,
     tiny_onnx,
     unavailable,
@@ -43,36 +49,46 @@ if TYPE_CHECKING:
 
     from deploycnn.core import Artifact, Format
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", **gpu_ort.PROVIDERS}
+#: Runs before a provider has captured its graph: the CUDA provider counts some for its allocators to settle.
+_GRAPH_WARMUP = 3
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
-_CUDA_MEND = (
-    'pip uninstall -y onnxruntime && pip install "deploycnn[gpu]"; CUDA and cuDNN must fit that wheel '
-    "(deploycnn doctor tells)"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxRuntime(Runtime):
-    """ONNX files in ONNX Runtime: ``onnxruntime:cpu`` or ``onnxruntime:cuda``.
+    """ONNX files in ONNX Runtime: ``onnxruntime:cpu``, ``:cuda``, ``:tensorrt`` or ``:tensorrt-rtx``.
 
-    On CUDA the inputs and outputs lie in host memory, so that timing includes the copies, and TF32 is off, so
-    that an FP32 row is FP32.
+    On GPUs timing includes the copies to and from the device, unless ``+device`` is asked for; ``+graph`` lets the
+    provider replay a CUDA graph, ``+flush-l2`` empties the L2 cache before each timed run, ``+blocking`` sleeps
+    instead of spinning while the GPU works. TF32 is off on ``cuda``, so that an FP32 row is FP32.
     """
 
-    modes: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    modes: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
     accepts: ClassVar[tuple[Format, ...]] = ("onnx",)
 
     mode: str = "cpu"
+
+    @classmethod
+    def options_for(cls, mode: str) -> tuple[str, ...]:
+        """Those of GPU sessions, on GPUs."""
+        return () if mode == "cpu" else gpu.OPTIONS
+
+    @classmethod
+    def device_of(cls, mode: str) -> Literal["cpu", "cuda"]:
+        """Where the provider computes."""
+        return "cpu" if mode == "cpu" else "cuda"
 
     def availability(self) -> Availability:
         """Whether a one-operator graph runs on the provider of this mode."""
         try:
             ort = optional.require("onnxruntime")
-            _require_provider(ort, self.mode)
-            _check_assignment(_create(ort, tiny_onnx(), self.mode, threads=1), self.mode, "a test graph")
+            if self.mode != "cpu":
+                gpu_ort.require_provider(ort, self.mode)
+            request = gpu_ort.Request(mode=self.mode)
+            _check_assignment(_create(ort, tiny_onnx(), request, threads=1), self.mode, "a test graph")
         except (RuntimeUnavailable, ArtifactError) as error:
-            mend = _CUDA_MEND if self.mode == "cuda" else 'pip install "deploycnn[cpu]"'
-            return unavailable(error, _version(), mend)
+            return unavailable(error, _version(), gpu_ort.MEND.get(self.mode, 'pip install "deploycnn[cpu]"'))
         return Availability(ok=True, version=_version())
 
     def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> Session:
@@ -85,21 +101,29 @@ class OnnxRuntime(Runtime):
         check_request(batch_size, threads)
         path = check_file(artifact, self.accepts, "onnxruntime")
         ort = optional.require("onnxruntime")
-        _require_provider(ort, self.mode)
-        session = _create(ort, path, self.mode, threads)
-        _check_assignment(session, self.mode, str(path))
-        inputs = session.get_inputs()
-        if len(inputs) != 1:
-            names = ", ".join(item.name for item in inputs)
-            raise ArtifactError(
-                f"{path}: {len(inputs)} inputs ({names}); models with one image input are supported"
-            )
-        if inputs[0].type != "tensor(float)":
-            raise ArtifactError(
-                f'{path}: input "{inputs[0].name}" is {inputs[0].type}, expected tensor(float)'
-            )
-        check_batch(path, inputs[0].shape[0], batch_size)
+        if self.mode != "cpu":
+            return self._open_on_gpu(ort, path, batch_size, threads)
+        session = _create(ort, path, gpu_ort.Request(mode=self.mode), threads)
+        _check_input(session, path, batch_size)
         return _OrtSession(ort, session, path, self.mode)
+
+    def _open_on_gpu(self, ort: ModuleType, path: Path, batch_size: int, threads: int) -> Session:
+        gpu_ort.require_provider(ort, self.mode)
+        lane = gpu_ort.OrtLane(ort, gpu.open_device(), path)
+        facts = _facts(path)
+        request = gpu_ort.Request(
+            mode=self.mode,
+            options=self.options,
+            stream=lane.handle,
+            profile=facts.profile(batch_size),
+            float16=facts.half,
+            int8=facts.quantized,
+        )
+        session = _create(ort, path, request, threads)
+        _check_assignment(session, self.mode, str(path))
+        _check_input(session, path, batch_size)
+        lane.take(session)
+        return _GpuSession(ort, session, path, lane, request)
 
 
 class _OrtSession(Session):
@@ -130,17 +154,17 @@ class _OrtSession(Session):
         import numpy as np
 
         images = check_images(self._path, self._input.shape, images_NCHW)
-        with _mapped(self._path):
+        with onnxruntime_errors(self._path, _version()):
             outputs = self._session.run(self._outputs, {self._input.name: images})
         return [np.asarray(output, dtype=np.float32) for output in outputs]
 
-    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], None]:
+    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
         """A call of the session with inputs and outputs bound to memory that is allocated here, once."""
         images = check_images(self._path, self._input.shape, images_NCHW)
         value = self._ort.OrtValue.ortvalue_from_numpy(images)
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(self._input.name, value)
-        with _mapped(self._path):
+        with onnxruntime_errors(self._path, _version()):
             outputs = self._session.run(self._outputs, {self._input.name: images})
         buffers = [self._ort.OrtValue.ortvalue_from_numpy(output) for output in outputs]
         for name, buffer in zip(self._outputs, buffers, strict=True):
@@ -157,6 +181,65 @@ class _OrtSession(Session):
         self._session = None
 
 
+class _GpuSession(_OrtSession):
+    def __init__(
+        self, ort: ModuleType, session: Any, path: Path, lane: gpu_ort.OrtLane, request: gpu_ort.Request
+    ) -> None:
+        super().__init__(ort, session, path, request.mode)
+        self._lane, self._options = lane, request.options
+
+    @functools.cached_property
+    def executed(self) -> Executed:  # type: ignore[override]
+        """As the graph holds it, once every product was seen to be the provider's; TensorRT may round to TF32."""
+        if self._mode == "cuda":
+            stat = self._path.stat()
+            precision = _executed_precision(self._path, stat.st_size, stat.st_mtime_ns, "cuda")
+        else:
+            facts = _facts(self._path)
+            rest = "f16" if facts.half else "tf32"
+            precision = precision_label(["int8" if facts.quantized else rest], [rest])
+        return Executed(
+            provider=_PROVIDERS[self._mode],
+            precision=precision,
+            threads=self._session.get_session_options().intra_op_num_threads,
+            device="cuda",
+            clock="cuda events",
+            transfers="device" not in self._options,
+        )
+
+    def _prepared(self, images_NCHW: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        images = check_images(self._path, self._input.shape, images_NCHW)
+        self._lane.prepare(images.shape)
+        return images
+
+    def run(self, images_NCHW: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
+        """Outputs in graph order, as float32.
+
+        Raises:
+            ArtifactError: the images do not fit the input, or an operator fails on them.
+            RuntimeUnavailable: there is not enough device memory for them.
+        """
+        images = self._prepared(images_NCHW)
+        with onnxruntime_errors(self._path, _version()):
+            return self._lane.run(images)
+
+    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
+        """A call that returns the milliseconds of one batch by CUDA events. A session binds one batch at a time."""
+        images = self._prepared(images_NCHW)
+        lane = self._lane
+        with onnxruntime_errors(self._path, _version()):
+            for _ in range(_GRAPH_WARMUP if "graph" in self._options else 1):
+                lane.run(images)
+        clock = gpu.StreamClock(gpu.open_device(), lane.stream, self._options)
+        work = lane.execute if "device" in self._options else lane.with_transfers
+        return lambda: clock.time(work)
+
+    def close(self) -> None:
+        """Free the session, its bindings and its buffers."""
+        super().close()
+        self._lane.close()
+
+
 def _version() -> str:
     from importlib import metadata
 
@@ -168,52 +251,26 @@ def _version() -> str:
     return ""
 
 
-def _require_provider(ort: ModuleType, mode: str) -> None:
-    wanted, available = _PROVIDERS[mode], ort.get_available_providers()
-    if wanted not in available:
-        raise RuntimeUnavailable(
-            f"onnxruntime:{mode}: the installed onnxruntime {ort.__version__} has no {wanted} "
-            f"(it has {', '.join(available)}); {_CUDA_MEND}"
+def _check_input(session: Any, path: Path, batch_size: int) -> None:
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        names = ", ".join(item.name for item in inputs)
+        raise ArtifactError(
+            f"{path}: {len(inputs)} inputs ({names}); models with one image input are supported"
         )
-
-
-@contextmanager
-def _mapped(path: Path | str) -> Iterator[None]:
-    """Turn ONNX Runtime's own exceptions into ArtifactError; anything else passes."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    try:
-        yield
-    except state.InvalidProtobuf as error:
-        raise ArtifactError(
-            f"{path}: not an ONNX file, or cut short ({_reason(error)}); copy it again"
-        ) from error
-    except state.NotImplemented as error:
-        raise ArtifactError(
-            f"{path}: an operator is not supported by onnxruntime: {_reason(error)}"
-        ) from error
-    except (
-        state.Fail, state.InvalidArgument, state.InvalidGraph, state.NoModel, state.NoSuchFile,
-        state.NotFound, state.EPFail, state.RuntimeException,
-    ) as error:  # fmt: skip
-        raise ArtifactError(
-            f"{path}: onnxruntime {_version()} cannot load or run it: {_reason(error)}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).rpartition(" failed:")[2]
-    opset = re.search(
-        r"Opset (\d+) is under development.*support for domain (\S+) is till opset (\d+)", text, re.DOTALL
-    )
-    if opset:
-        return f"it is made for opset {opset[1]} of {opset[2]}, known up to {opset[3]}; upgrade or re-export"
-    return one_line(text.removeprefix("[ONNXRuntimeError] : "))
+    if inputs[0].type != "tensor(float)":
+        raise ArtifactError(f'{path}: input "{inputs[0].name}" is {inputs[0].type}, expected tensor(float)')
+    check_batch(path, inputs[0].shape[0], batch_size)
 
 
 def _create(
-    ort: ModuleType, model: Path | bytes, mode: str, threads: int, optimized: Path | None = None
+    ort: ModuleType,
+    model: Path | bytes,
+    request: gpu_ort.Request,
+    threads: int,
+    optimized: Path | None = None,
 ) -> Any:
+    mode = request.mode
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -222,12 +279,12 @@ def _create(
     options.log_severity_level = 4  # what matters is raised; warnings of sessions side by side would flood
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if mode == "cuda":
-        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    providers: list[Any] | None = ["CPUExecutionProvider"]
+    if mode != "cpu":
         options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
+        providers = gpu_ort.attach(ort, options, request)
     where = "a test graph" if isinstance(model, bytes) else str(model)
-    with _mapped(where):
+    with onnxruntime_errors(where, _version()):
         # enable_fallback would print a notice and serve another provider's results
         session = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=providers, enable_fallback=0
@@ -236,7 +293,7 @@ def _create(
         raise RuntimeUnavailable(
             f"onnxruntime:{mode}: {_PROVIDERS[mode]} is listed but did not load (got "
             f"{', '.join(session.get_providers())}); a driver, CUDA or cuDNN library is missing or too old: "
-            f"{_CUDA_MEND}"
+            f"{gpu_ort.MEND[mode]}"
         )
     return session
 
@@ -266,7 +323,7 @@ def _check_assignment(session: Any, mode: str, where: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _executed_precision(path: Path, size: int, mtime_ns: int, mode: str) -> str:  # noqa: ARG001 - cache key
+def _executed_precision(path: Path, size: int, mtime_ns: int, mode: str) -> str:
     """The precision that convolutions and matrix products run in, read from the graph *after* optimization.
 
     Only that graph tells: Q/DQ pairs that could not be fused leave float convolutions behind, and FP16
@@ -275,39 +332,16 @@ def _executed_precision(path: Path, size: int, mtime_ns: int, mode: str) -> str:
     """
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
-    kinds = {tensor.data_type for tensor in model.graph.initializer}
-    plain = not kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.INT8}
-    if plain and not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in model.graph.node):
+    facts = graph_facts(path, size, mtime_ns)
+    if not (facts.half or facts.quantized):
         return "f32"
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
-        _create(optional.require("onnxruntime"), path, mode, threads=1, optimized=target)
+        request = gpu_ort.Request(mode=mode)
+        _create(optional.require("onnxruntime"), path, request, threads=1, optimized=target)
         return graph_precision(onnx.load(str(target), load_external_data=False))
 
 
-def graph_precision(model: Any) -> str:
-    """The precision of the convolutions and matrix products in an (optimized) ONNX model."""
-    import onnx
-
-    floats = {
-        onnx.TensorProto.FLOAT: "f32",
-        onnx.TensorProto.FLOAT16: "f16",
-        onnx.TensorProto.BFLOAT16: "bf16",
-    }
-    weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    made_by = {output: node for node in model.graph.node for output in node.output}
-    found = []
-    for node in model.graph.node:
-        if node.op_type not in COMPUTE_OPS:
-            continue
-        if node.op_type.startswith("Q") or node.op_type.endswith("Integer"):
-            found.append("int8")
-            continue
-        source = made_by.get(node.input[1])
-        kind = weights.get(node.input[1])
-        if source is not None and source.op_type == "Cast":
-            kind = next(item.i for item in source.attribute if item.name == "to")
-        # a weight that is dequantized or computed on the fly is f32 in all graphs that ONNX Runtime makes
-        found.append(floats.get(kind, "f32") if kind is not None else "f32")
-    return precision_label(found, ["f32"])
+def _facts(path: Path) -> GraphFacts:
+    stat = path.stat()
+    return graph_facts(path, stat.st_size, stat.st_mtime_ns)

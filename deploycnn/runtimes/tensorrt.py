@@ -8,7 +8,6 @@ by CUDA events on the session's own stream: with the copies to and from the devi
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
 from deploycnn.gpu import device as gpu
+from deploycnn.gpu.lane import EngineLane, dims
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
 from deploycnn.runtimes.common import check_file, check_images, check_request, unavailable
 
@@ -25,14 +25,10 @@ if TYPE_CHECKING:
     import torch
 
     from deploycnn.core import Artifact, Format
-    from deploycnn.engines.flavour import Flavour, IoTensor, Name
+    from deploycnn.engines.flavour import Flavour, Name
     from deploycnn.engines.settings import EngineRecord
 
 _FLAVOURS: Mapping[str, Name] = {"trt": "tensorrt", "rtx": "tensorrt-rtx"}
-#: Members of TensorRT's ``IExecutionContext`` that are used here; a test holds them against each flavour's bindings.
-USED = (
-    "execute_async_v3", "get_tensor_shape", "set_input_shape", "set_optimization_profile_async", "set_tensor_address",
-)  # fmt: skip
 #: Element types of inputs and outputs that NumPy has too.
 _DTYPES = ("float32", "float16")
 #: Kernels that TensorRT-RTX compiled for an engine in this process, so that opening it again does not compile anew.
@@ -154,9 +150,9 @@ class EngineSession(Session):
                     f'{path}: "{tensor.name}" is {tensor.dtype}; export with inputs and outputs in float32'
                 )
         self.input = inputs[0]
-        self._lane: _Lane | None = None
+        self._lane: EngineLane | None = None
         # kept until the session is closed: a captured graph knows addresses, but owns no memory
-        self._lanes: list[_Lane] = []
+        self._lanes: list[EngineLane] = []
 
     @functools.cached_property
     def executed(self) -> Executed:  # type: ignore[override]
@@ -186,13 +182,13 @@ class EngineSession(Session):
             bounds = list(zip(shape, least, most, strict=True))[:axes]
             if all(low <= size <= high for size, low, high in bounds):
                 return index
-        ranges = " or ".join(f"{_shape(least)} to {_shape(most)}" for least, _, most in self.input.profiles)
+        ranges = " or ".join(f"{dims(least)} to {dims(most)}" for least, _, most in self.input.profiles)
         raise ArtifactError(
-            f"{self._path}: an input of {_shape(shape)} is outside the engine's profile ({ranges}); "
+            f"{self._path}: an input of {dims(shape)} is outside the engine's profile ({ranges}); "
             "choose a batch size within it, or build the engine with a profile that holds it"
         )
 
-    def lane(self) -> _Lane:
+    def lane(self) -> EngineLane:
         """A new execution context with a stream and buffers of its own; it runs beside the others."""
         key = (str(self._path), self._path.stat().st_mtime_ns)
         context, read_cache = self._flavour.context(
@@ -206,10 +202,12 @@ class EngineSession(Session):
             if content is not None:
                 _RUNTIME_CACHES[key] = content
 
-        self._lanes.append(_Lane(self, context, self._device, self._path, keep_cache))
+        self._lanes.append(
+            EngineLane(context, (self.input, self.outputs), self._device, self._path, keep_cache)
+        )
         return self._lanes[-1]
 
-    def _own_lane(self) -> _Lane:
+    def _own_lane(self) -> EngineLane:
         if self._lane is None:
             self._lane = self.lane()
         return self._lane
@@ -221,15 +219,10 @@ class EngineSession(Session):
             ArtifactError: the images are outside the profile, or the engine fails on them.
             RuntimeUnavailable: not enough device memory for them.
         """
-        import numpy as np
-
         images = check_images(self._path, self.input.shape, images_NCHW)
         lane = self._own_lane()
         lane.prepare(images.shape, self._profile(images.shape))
-        lane.set_input(images)
-        lane.with_transfers()
-        lane.synchronize()
-        return [np.array(output, dtype=np.float32) for output in lane.host_outputs]
+        return lane.run(images)
 
     def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
         """A call that returns the milliseconds of one batch by CUDA events, on a lane of its own."""
@@ -238,13 +231,11 @@ class EngineSession(Session):
         clock = gpu.StreamClock(self._device, lane.stream, self._options)
         return lambda: clock.time(work)
 
-    def _work(self, lane: _Lane, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], None]:
+    def _work(self, lane: EngineLane, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], None]:
         """What is enqueued for one batch, once it has run a first time (lazy kernels are loaded by then)."""
         images = check_images(self._path, self.input.shape, images_NCHW)
         lane.prepare(images.shape, self._profile(images.shape))
-        lane.set_input(images)
-        lane.with_transfers()
-        lane.synchronize()
+        lane.run(images)
         lane.keep_cache()
         work = lane.execute if "device" in self._options else lane.with_transfers
         if "graph" in self._options and not self._flavour.is_rtx:
@@ -303,107 +294,3 @@ class EngineSession(Session):
             self._lane.keep_cache()
         self._lanes.clear()
         self._lane = self._engine = None
-
-
-class _Lane:
-    """An execution context, its stream and its buffers."""
-
-    def __init__(
-        self,
-        session: EngineSession,
-        context: Any,
-        device: gpu.Device,
-        path: Path,
-        keep_cache: Callable[[], None],
-    ) -> None:
-        self._context, self._device, self._path = context, device, path
-        self._input: IoTensor = session.input
-        self._outputs: Sequence[IoTensor] = session.outputs
-        self.stream = device.stream()
-        self._handle = device.handle(self.stream)
-        self.keep_cache = keep_cache
-        self._profile = 0
-        self._prepared: tuple[int, ...] | None = None
-        self._buffers: list[gpu.Buffer] = []
-        self._host: list[npt.NDArray[Any]] = []
-
-    @property
-    def host_outputs(self) -> list[npt.NDArray[Any]]:
-        """Page-locked; filled by ``with_transfers`` once the stream is done."""
-        return self._host[1:]
-
-    def shapes(self, shape: Sequence[int], profile: int, handle: int) -> dict[str, tuple[int, ...]]:
-        """Set the input's shape; shapes of the outputs that follow from it."""
-        context = self._context
-        if profile != self._profile:
-            if not context.set_optimization_profile_async(profile, handle):
-                raise self._failed("choosing the optimization profile")
-            self._profile = profile
-        if not context.set_input_shape(self._input.name, tuple(shape)):
-            raise self._failed(f"an input of {_shape(shape)}")
-        found = {tensor.name: tuple(context.get_tensor_shape(tensor.name)) for tensor in self._outputs}
-        for name, output in found.items():
-            if min(output, default=0) < 0:
-                raise ArtifactError(
-                    f'{self._path}: the shape of output "{name}" depends on the data; such engines are not supported'
-                )
-        return found
-
-    def prepare(self, shape: Sequence[int], profile: int) -> None:
-        """Allocate buffers for inputs of ``shape``, unless they are there."""
-        import numpy as np
-
-        if self._prepared == tuple(shape):
-            return
-        self._prepared = None
-        outputs = self.shapes(shape, profile, self._handle)
-        tensors = [(self._input, tuple(shape)), *((tensor, outputs[tensor.name]) for tensor in self._outputs)]
-        self._buffers, self._host = [], []  # freed before the new ones are asked for
-        for tensor, size in tensors:
-            nbytes = math.prod(size) * np.dtype(tensor.dtype).itemsize
-            self._buffers.append(self._device.allocate(nbytes))
-            self._host.append(self._device.pinned(size, tensor.dtype))
-        self._point([buffer.address for buffer in self._buffers])
-        self._prepared = tuple(shape)
-
-    def _point(self, addresses: Sequence[int]) -> None:
-        for tensor, address in zip([self._input, *self._outputs], addresses, strict=True):
-            if not self._context.set_tensor_address(tensor.name, address):
-                raise self._failed(f'the address of "{tensor.name}"')
-
-    def set_input(self, images: npt.NDArray[np.float32]) -> None:
-        """Put ``images`` into the page-locked memory that uploads read."""
-        self._host[0][...] = images
-
-    def execute(self) -> None:
-        """Enqueue the engine."""
-        if not self._context.execute_async_v3(self._handle):
-            raise self._failed("running it")
-
-    def execute_at(self, addresses: Sequence[int], handle: int) -> None:
-        """Enqueue the engine on another stream, with inputs and outputs at ``addresses``."""
-        self._prepared = None
-        self._point(addresses)
-        if not self._context.execute_async_v3(handle):
-            raise self._failed("running it")
-
-    def with_transfers(self) -> None:
-        """Enqueue the upload, the engine and the downloads."""
-        device, stream = self._device, self.stream
-        device.upload(self._buffers[0], self._host[0], stream)
-        self.execute()
-        for host, buffer in zip(self._host[1:], self._buffers[1:], strict=True):
-            device.download(host, buffer, stream)
-
-    def synchronize(self) -> None:
-        """Wait until the stream is done."""
-        self._device.synchronize(self.stream)
-
-    def _failed(self, doing: str) -> ArtifactError:
-        return ArtifactError(
-            f"{self._path}: TensorRT fails at {doing}; build the engine anew on this machine, and see its log"
-        )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -20,6 +20,7 @@ from deploycnn.engines.device import Gpu as Described
 from deploycnn.engines.settings import EngineRecord
 from deploycnn.errors import ArtifactError, RecipeError, RuntimeUnavailable
 from deploycnn.gpu import device as gpu_device
+from deploycnn.gpu import lane
 from deploycnn.gpu.pycuda_device import PycudaDevice
 from deploycnn.runtimes import tensorrt
 from deploycnn.runtimes.base import create, parse_spec
@@ -230,16 +231,17 @@ def test_unknown_options(spec: str, message: str) -> None:
 @pytest.mark.parametrize("version", [*TENSORRT, RTX])
 def test_every_member_of_the_context_that_is_used_exists_in_each_flavour(version: str) -> None:
     known = names_of(version)["IExecutionContext"]
-    assert set(tensorrt.USED) <= known
+    assert set(lane.USED) <= known
     assert {name for name in vars(Context) if not name.startswith("_")} <= known, (
         "the fake has only real names"
     )
     used = {
         node.attr
-        for node in ast.walk(ast.parse(Path(tensorrt.__file__).read_text()))
+        for module in (tensorrt, lane)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
         if isinstance(node, ast.Attribute)
     }
-    assert used & known <= {*tensorrt.USED, "name", "profiler"}, "a member that USED does not list"
+    assert used & known <= {*lane.USED, "name", "profiler"}, "a member that USED does not list"
 
 
 H100 = Described(name="NVIDIA H100 80GB HBM3", capability=(9, 0), driver_cuda="13.0")
