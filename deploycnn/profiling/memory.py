@@ -1,4 +1,4 @@
-"""Peak memory of loading a model and running it once, in a process of its own.
+"""Peak memory of loading a model and running it once, in a process of its own: the host's and the GPU's.
 
 In this process memory of earlier models would be reused or counted again, so a fresh child does it: it
 imports the runtime, notes what that takes, loads and runs the model, and reports the peak above that note.
@@ -23,21 +23,26 @@ from deploycnn.errors import ArtifactError, RuntimeUnavailable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Resident memory of the child.
+    """Memory of the child.
 
     Attributes:
         peak_bytes: Greatest growth over ``baseline_bytes`` while the model was loaded and run: its weights,
             the runtime's copies of them, and the activations of one batch.
         baseline_bytes: Interpreter and runtime, before the model.
+        device_bytes: Device memory that the model took, where it ran on a GPU: weights, activations of one batch,
+            workspace and what the runtime's allocator keeps. Read as free memory before and after, so other programs
+            on the same GPU disturb it.
     """
 
     peak_bytes: int
     baseline_bytes: int
+    device_bytes: int | None = None
 
 
 def peak_memory_bytes(artifact: Artifact, spec: str, *, batch_size: int, threads: int = 1) -> int:
-    """``peak_memory(...).peak_bytes``."""
-    return peak_memory(artifact, spec, batch_size=batch_size, threads=threads).peak_bytes
+    """``peak_memory(...)`` where the model runs: device memory on a GPU, else resident memory."""
+    found = peak_memory(artifact, spec, batch_size=batch_size, threads=threads)
+    return found.peak_bytes if found.device_bytes is None else found.device_bytes
 
 
 def peak_memory(
@@ -94,7 +99,7 @@ def _read(returncode: int, stdout: str, stderr: str, where: str) -> MemoryUse:
     except json.JSONDecodeError:
         answer = None
     if isinstance(answer, Mapping) and "peak_bytes" in answer:
-        return MemoryUse(peak_bytes=answer["peak_bytes"], baseline_bytes=answer["baseline_bytes"])
+        return MemoryUse(**answer)
     if isinstance(answer, Mapping) and "error" in answer:
         kind = getattr(errors, str(answer["error"]))
         raise kind(answer["message"])

@@ -70,10 +70,24 @@ def measure(request: dict[str, Any]) -> dict[str, int]:
     if request["format"] == "torch":
         import deploycnn.models.artifact  # noqa: F401 - counts as the runtime's, not as the model's
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    free = _free_device_bytes if runtime.device_of(runtime.mode) == "cuda" else None
+    before = free() if free else 0
     baseline = settle()
     session = runtime.open(artifact, batch_size=shape[0], threads=request["threads"])
-    session.bind(images)()
-    return {"peak_bytes": max(0, peak() - baseline), "baseline_bytes": baseline}
+    opened = free() if free else 0
+    call = session.bind(images)
+    call()
+    found = {"peak_bytes": max(0, peak() - baseline), "baseline_bytes": baseline}
+    if free:
+        # runtimes keep what they allocated, so what is taken now is the peak, unless loading took more
+        found["device_bytes"] = max(0, before - min(opened, free()))
+    return found
+
+
+def _free_device_bytes() -> int:
+    from deploycnn.gpu.device import open_device
+
+    return open_device().memory_bytes()[0]
 
 
 def main() -> None:

@@ -12,12 +12,13 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deploycnn import optional
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.gpu import device as gpu
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
 from deploycnn.runtimes.common import check_file, check_images, check_request, one_line, unavailable
 
@@ -28,18 +29,35 @@ if TYPE_CHECKING:
 
     from deploycnn.core import Artifact, Format
 
+#: Runs before a model is timed or captured: cuDNN chooses its algorithms, and its workspace is allocated.
+_WARMUP = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class PyTorch(Runtime):
     """Torch artifacts in PyTorch: ``eager`` and ``compiled`` on the CPU, or on a GPU with ``-cuda`` behind.
 
-    On CUDA the timed call includes the copies of inputs and outputs and the synchronization.
+    On GPUs timing is by CUDA events and includes the copies of inputs and outputs, unless ``+device`` is asked for;
+    ``eager-cuda+graph`` replays the model as a CUDA graph, ``+flush-l2`` empties the L2 cache before each timed run,
+    ``+blocking`` sleeps instead of spinning while the GPU works.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("eager", "compiled", "eager-cuda", "compiled-cuda")
     accepts: ClassVar[tuple[Format, ...]] = ("torch",)
 
     mode: str = "eager"
+
+    @classmethod
+    def options_for(cls, mode: str) -> tuple[str, ...]:
+        """Those of GPU sessions, on GPUs; a compiled model launches its kernels by itself, so it takes no graph."""
+        if not mode.endswith("cuda"):
+            return ()
+        return tuple(option for option in gpu.OPTIONS if option != "graph" or mode.startswith("eager"))
+
+    @classmethod
+    def device_of(cls, mode: str) -> Literal["cpu", "cuda"]:
+        """By the mode's ending."""
+        return "cuda" if mode.endswith("cuda") else "cpu"
 
     def availability(self) -> Availability:
         """Whether a convolution runs on the mode's device; the compiled mode's compiler is looked up only."""
@@ -69,7 +87,8 @@ class PyTorch(Runtime):
         shape = artifact.inputs[0].shape if artifact.inputs else (None, None, None, None)
         # a graph that takes part in autograd, or trains its batch norms, is not what is deployed
         model.requires_grad_(False)
-        session = _TorchSession(model, artifact.path, (None, *shape[1:]), device, threads)
+        kind = _CudaSession if device == "cuda:0" else _TorchSession
+        session = kind(model, artifact.path, (None, *shape[1:]), device, threads, self.options)
         if self.mode.startswith("compiled"):
             fixed = [axis for axis in shape[1:] if isinstance(axis, int)]
             if len(fixed) != 3:
@@ -82,7 +101,13 @@ class PyTorch(Runtime):
 
 class _TorchSession(Session):
     def __init__(
-        self, model: torch.nn.Module, path: Path, shape: tuple[int | None, ...], device: str, threads: int
+        self,
+        model: torch.nn.Module,
+        path: Path,
+        shape: tuple[int | None, ...],
+        device: str,
+        threads: int,
+        options: tuple[str, ...] = (),
     ) -> None:
         import torch
 
@@ -91,6 +116,7 @@ class _TorchSession(Session):
         self._shape = shape
         self._device = device
         self._threads = threads
+        self._options = options
         self._pin_threads()
         self.executed = Executed(
             provider=device, precision=_precision(device), threads=torch.get_num_threads()
@@ -151,33 +177,85 @@ class _TorchSession(Session):
                 raise ArtifactError(f"{self._path}: fails on images of {given}: {one_line(error)}") from error
         return [output.float().cpu().numpy() for output in outputs]
 
-    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], None]:
+    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
         """A forward pass in inference mode on a tensor made here."""
         import torch
 
         images = torch.tensor(check_images(self._path, self._shape, images_NCHW))
         model, pin = self._model, self._pin_threads
 
-        def on_cpu() -> None:
+        def call() -> None:
             pin()
             with torch.inference_mode():
                 model(images)
 
-        def on_cuda() -> None:
-            pin()
-            with torch.inference_mode():
-                # copying an output to the host waits until it is complete
-                for output in _tensors(model(pinned.to(self._device, non_blocking=True))):
-                    output.cpu()
-
-        if self._device == "cpu":
-            return on_cpu
-        pinned = images.pin_memory()
-        return on_cuda
+        return call
 
     def close(self) -> None:
         """Free the model."""
         self._model = None
+
+
+class _CudaSession(_TorchSession):
+    """On ``cuda:0``: bound calls work on tensors that stay where they are, on a stream of their own."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        path: Path,
+        shape: tuple[int | None, ...],
+        device: str,
+        threads: int,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(model, path, shape, device, threads, options)
+        self.executed = replace(
+            self.executed, device="cuda", clock="cuda events", transfers="device" not in options
+        )
+        self._kept: list[Any] = []
+
+    def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
+        """A call that returns the milliseconds of one batch by CUDA events.
+
+        Raises:
+            RuntimeUnavailable: with ``+graph``, something in the model cannot be captured.
+        """
+        import torch
+
+        device = gpu.open_device("torch")
+        stream = device.stream()
+        # made outside inference mode, as the example was that a compiled model was compiled for
+        source = torch.tensor(check_images(self._path, self._shape, images_NCHW)).pin_memory()
+        images = source.to(self._device)
+        torch.cuda.synchronize()  # the copy is on another stream than the model
+        model = self._model
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            for _ in range(_WARMUP):
+                first = _tensors(model(images))
+        stream.synchronize()
+        hosts = [torch.empty(output.shape, dtype=output.dtype, pin_memory=True) for output in first]
+
+        def execute() -> None:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                model(images)
+
+        def with_transfers() -> None:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                images.copy_(source, non_blocking=True)
+                for host, output in zip(hosts, _tensors(model(images)), strict=True):
+                    host.copy_(output, non_blocking=True)
+
+        work = execute if "device" in self._options else with_transfers
+        launch = device.capture(work, stream) if "graph" in self._options else work
+        clock, pin = gpu.StreamClock(device, stream, self._options), self._pin_threads
+        # a graph owns no memory: what it was captured on lives as long as the session
+        self._kept.append((images, source, hosts))
+
+        def call() -> float:
+            pin()
+            return clock.time(launch)
+
+        return call
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
