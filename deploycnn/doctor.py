@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from deploycnn import environment, probe, registry
 from deploycnn.environment import Nvidia
+from deploycnn.gpu import drivers, nvml
 
 Status = Literal["ok", "warning", "error"]
 
@@ -28,7 +29,11 @@ BUSY_LOAD = 0.3
 MODULES: Mapping[str, tuple[str, str]] = {
     "tensorrt": ("TensorRT engines", 'pip install "deploycnn[tensorrt]"'),
     "tensorrt_rtx_bindings": ("TensorRT-RTX engines", 'pip install "deploycnn[tensorrt-rtx]"'),
-    "pycuda.driver": ("buffers for TensorRT", 'pip install "deploycnn[tensorrt]" (needs the CUDA toolkit)'),
+    "pycuda.driver": (
+        "buffers for GPU runtimes; PyTorch's serve without it",
+        'pip install "deploycnn[pycuda]" (compiles: needs a C++ compiler and the CUDA toolkit)',
+    ),
+    "pynvml": ("clocks, temperature and power of GPUs in reports", 'pip install "deploycnn[gpu]"'),
 }
 
 
@@ -60,14 +65,15 @@ def diagnose() -> list[Finding]:
             probe.installed_version("onnxruntime"), probe.installed_version("onnxruntime-gpu")
         ),
         *check_gpu(nvidia, probe.device_nodes()),
-        *check_driver(nvidia, probe.torch_cuda(), probe.onnxruntime_cuda()),
+        *check_driver(nvidia, probe.built_for()),
+        *check_nvml(nvidia, probe.installed_version("nvidia-ml-py"), nvml.watch),
     ]
     gpu_wheel = bool(probe.installed_version("onnxruntime-gpu"))
     for name in registry.names("runtime"):
         modes = registry.get("runtime", name).modes
         answers = probe.probe_runtime(name, modes)
         findings += [check_runtime(f"{name}:{mode}", answers[mode], nvidia, gpu_wheel) for mode in modes]
-    findings += [check_module(name, probe.probe_module(name)) for name in MODULES]
+    findings += [check_module(name, probe.probe_module(name), nvidia) for name in MODULES]
     findings += [
         check_disk(Path.cwd(), shutil.disk_usage(Path.cwd()).free),
         *check_cpus(os.cpu_count() or 1, environment.available_cpus(), probe.cgroup_cpus()),
@@ -131,23 +137,51 @@ def check_gpu(nvidia: Nvidia | None, device_nodes: bool) -> Iterator[Finding]:
         yield Finding(name="gpu", status="ok", what="no NVIDIA GPU: GPU runtimes are not expected to work")
 
 
-def check_driver(nvidia: Nvidia | None, torch_cuda: str, onnxruntime_cuda: str) -> Iterator[Finding]:
+def check_driver(nvidia: Nvidia | None, built_for: Mapping[str, str]) -> Iterator[Finding]:
     """Whether the driver is new enough for the CUDA that the installed packages are built for.
 
     A driver serves all minor versions of its major version, and all older major ones (NVIDIA, "CUDA
     compatibility").
+
+    Args:
+        nvidia: The driver.
+        built_for: Package -> CUDA version; empty where it is not installed or does not tell.
     """
-    if nvidia is None or not nvidia.cuda:
+    if nvidia is None:
         return
-    for package, built in (("torch", torch_cuda), ("onnxruntime-gpu", onnxruntime_cuda)):
-        if built and _major(built) > _major(nvidia.cuda):
+    for package, cuda in built_for.items():
+        if not cuda:
+            continue
+        old = _major(cuda) > _major(nvidia.cuda) if nvidia.cuda else drivers.too_old(nvidia.driver, cuda)
+        if old:
+            least = drivers.needed(cuda)
             yield Finding(
                 name=f"driver for {package}",
                 status="error",
-                what=f"{package} is built for CUDA {built}, driver {nvidia.driver} serves {nvidia.cuda}",
-                why=f"CUDA {_major(built)} needs a newer driver",
-                mend=f"upgrade the NVIDIA driver, or install {package} built for CUDA {_major(nvidia.cuda)}",
+                what=f"{package} is built for CUDA {cuda}, driver {nvidia.driver} serves {nvidia.cuda or 'less'}",
+                why=f"CUDA {_major(cuda)} needs "
+                + (f"driver {least} or newer" if least else "a newer driver"),
+                mend="upgrade the NVIDIA driver"
+                + (f", or install {package} built for CUDA {_major(nvidia.cuda)}" if nvidia.cuda else ""),
             )
+
+
+def check_nvml(
+    nvidia: Nvidia | None, installed: str, watch: Callable[[], object | None]
+) -> Iterator[Finding]:
+    """Whether clocks and temperature can be recorded where there is a GPU."""
+    if nvidia is None or not installed:
+        return  # that the package is missing is said with the other modules
+    if watch() is not None:
+        yield Finding(name="nvml", status="ok", what="tells clocks, temperature and power of the GPU")
+    else:
+        yield Finding(
+            name="nvml",
+            status="warning",
+            what="does not answer",
+            why="libnvidia-ml is missing or not permitted, so throttling would go unnoticed",
+            mend="give the container the `utility` capability (NVIDIA_DRIVER_CAPABILITIES=compute,utility)",
+        )
 
 
 def check_runtime(spec: str, answer: Mapping[str, Any], nvidia: Nvidia | None, gpu_wheel: bool) -> Finding:
@@ -161,18 +195,20 @@ def check_runtime(spec: str, answer: Mapping[str, Any], nvidia: Nvidia | None, g
         return Finding(name=spec, status="ok", what=f"{version}works")
     why = str(answer["why"]).removeprefix(f"{spec}: ")
     absent = "is not installed" in why or "no bf16 instructions" in why
-    if "cuda" in spec:
+    name, _, mode = spec.partition(":")
+    on_gpu = registry.get("runtime", name).device_of(mode) == "cuda"
+    if on_gpu:
         absent = absent or nvidia is None or (spec.startswith("onnxruntime") and not gpu_wheel)
     return Finding(
         name=spec,
         status="warning" if absent else "error",
         what=f"{version}not usable",
         why=why,
-        mend="" if "cuda" in spec and nvidia is None else str(answer["mend"]),
+        mend="" if on_gpu and nvidia is None else str(answer["mend"]),
     )
 
 
-def check_module(name: str, answer: Mapping[str, Any]) -> Finding:
+def check_module(name: str, answer: Mapping[str, Any], nvidia: Nvidia | None) -> Finding:
     """Judge what importing a module in a process of its own gave."""
     purpose, install = MODULES[name]
     if answer["ok"]:
@@ -181,7 +217,8 @@ def check_module(name: str, answer: Mapping[str, Any]) -> Finding:
         return Finding(name=name, status="warning", what=f"not installed ({purpose})", mend=install)
     return Finding(
         name=name,
-        status="error",
+        # without a driver, a module that needs its library cannot load, and nothing is broken
+        status="warning" if nvidia is None and "libcuda" in str(answer["why"]) else "error",
         what="installed, but does not load",
         why=str(answer["why"]),
         mend=f"check the NVIDIA driver and CUDA libraries, or reinstall: {install}",

@@ -16,7 +16,8 @@ EXTRAS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "tensorrt_rtx_bindings": "tensorrt-rtx",
-    "pycuda": "tensorrt",
+    "pycuda": "pycuda",
+    "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-rtx",
     "pynvml": "gpu",
 }
 

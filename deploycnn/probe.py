@@ -95,6 +95,18 @@ def onnxruntime_cuda() -> str:
     return _assigned("onnxruntime", "capi/build_and_package_info.py", "cuda_version")
 
 
+def built_for() -> dict[str, str]:
+    """Package -> the CUDA version that it is built for; empty where it is not installed or does not tell."""
+    found = {"torch": torch_cuda(), "onnxruntime-gpu": onnxruntime_cuda()}
+    for name in ("tensorrt", "tensorrt-rtx"):
+        majors = [
+            major for major in ("13", "12", "11")
+            if installed_version(f"{name}-cu{major}-libs") or installed_version(f"{name}-cu{major}")
+        ]  # fmt: skip
+        found[name] = majors[0] if majors else ""
+    return found
+
+
 def _assigned(package: str, file: str, name: str) -> str:
     found = importlib.util.find_spec(package)
     for folder in (found.submodule_search_locations or []) if found else []:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -60,13 +61,32 @@ def test_a_driver_that_does_not_answer_is_an_error() -> None:
     ],
 )
 def test_a_driver_too_old_for_a_package_is_an_error(torch_cuda: str, ort_cuda: str, named: list[str]) -> None:
-    findings = list(doctor.check_driver(GPU, torch_cuda, ort_cuda))
+    findings = list(doctor.check_driver(GPU, {"torch": torch_cuda, "onnxruntime-gpu": ort_cuda}))
     assert [finding.name for finding in findings] == named
     assert all(finding.status == "error" and "550.54" in finding.what for finding in findings)
 
 
 def test_without_a_driver_nothing_is_said_of_its_age() -> None:
-    assert list(doctor.check_driver(None, "13.2", "13.0")) == []
+    assert list(doctor.check_driver(None, {"torch": "13.2"})) == []
+
+
+@pytest.mark.parametrize(("driver", "built", "least"), [("570.1", "13", "580"), ("520.1", "12.4", "525")])
+def test_a_driver_that_does_not_tell_its_cuda_is_judged_by_nvidias_table(
+    driver: str, built: str, least: str
+) -> None:
+    silent = Nvidia(gpus=("NVIDIA L4",), driver=driver, cuda="")
+    finding = only(doctor.check_driver(silent, {"tensorrt": built}))
+    assert finding.why == f"CUDA {built.partition('.')[0]} needs driver {least} or newer"
+    assert finding.mend == "upgrade the NVIDIA driver"
+    assert not list(doctor.check_driver(dataclasses.replace(silent, driver="600.1"), {"tensorrt": built}))
+
+
+def test_nvml_that_does_not_answer_is_said_where_there_is_a_gpu() -> None:
+    assert only(doctor.check_nvml(GPU, "13.0", object)).status == "ok"
+    silent = only(doctor.check_nvml(GPU, "13.0", lambda: None))
+    assert (silent.status, "NVIDIA_DRIVER_CAPABILITIES" in silent.mend) == ("warning", True)
+    assert not list(doctor.check_nvml(None, "13.0", lambda: None))
+    assert not list(doctor.check_nvml(GPU, "", lambda: None))
 
 
 def test_a_runtime_that_works_is_ok() -> None:
@@ -84,6 +104,10 @@ def test_a_runtime_that_works_is_ok() -> None:
         ("onnxruntime:cuda", "CUDAExecutionProvider is listed but did not load", GPU, True, "error"),
         ("pytorch:eager-cuda", "finds no usable CUDA device", None, False, "warning"),
         ("pytorch:eager-cuda", "finds no usable CUDA device", GPU, False, "error"),
+        ("tensorrt:trt", "no NVIDIA driver on this machine", None, False, "warning"),
+        ("tensorrt:rtx", "out of device memory", GPU, False, "error"),
+        ("onnxruntime:tensorrt", "has no TensorrtExecutionProvider", GPU, False, "warning"),
+        ("onnxruntime:tensorrt", "libnvinfer.so.10 is missing", GPU, True, "error"),
         ("pytorch:compiled", "torch.compile needs a C++ compiler", None, False, "error"),
     ],
 )
@@ -94,7 +118,8 @@ def test_missing_is_a_warning_and_broken_an_error(
     finding = doctor.check_runtime(spec, answer, nvidia, wheel)
     assert finding.status == status
     assert not finding.why.startswith(spec)
-    assert finding.mend == ("" if "cuda" in spec and nvidia is None else "do this")
+    on_gpu = "cuda" in spec or "tensorrt" in spec
+    assert finding.mend == ("" if on_gpu and nvidia is None else "do this")
 
 
 def test_a_module_that_crashes_on_import_is_an_error_not_a_crash(
@@ -108,15 +133,17 @@ def test_a_module_that_crashes_on_import_is_an_error_not_a_crash(
     monkeypatch.setattr(
         doctor, "MODULES", dict.fromkeys(("crashing", "failing", "fine", "absent_module"), ("test", "pip"))
     )
-    crashing = doctor.check_module("crashing", probe.probe_module("crashing"))
+    crashing = doctor.check_module("crashing", probe.probe_module("crashing"), None)
     assert crashing.status == "error"
     assert "signal 11" in crashing.why
-    failing = doctor.check_module("failing", probe.probe_module("failing"))
+    failing = doctor.check_module("failing", probe.probe_module("failing"), GPU)
     assert failing.status == "error"
     assert "libcuda.so.1" in failing.why
-    fine = doctor.check_module("fine", probe.probe_module("fine"))
+    no_driver = doctor.check_module("failing", probe.probe_module("failing"), None)
+    assert no_driver.status == "warning", "there is no driver, so nothing is broken"
+    fine = doctor.check_module("fine", probe.probe_module("fine"), None)
     assert (fine.status, fine.what) == ("ok", "4.2 loads (test)")
-    absent = doctor.check_module("absent_module", probe.probe_module("absent_module"))
+    absent = doctor.check_module("absent_module", probe.probe_module("absent_module"), None)
     assert (absent.status, absent.mend) == ("warning", "pip")
 
 

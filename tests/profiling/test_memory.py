@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.profiling import memory_child
 from deploycnn.profiling.memory import MemoryUse, _read, peak_memory, peak_memory_bytes
 from deploycnn.profiling.memory_child import resident_bytes
 from tests.runtimes import graphs
@@ -71,6 +73,8 @@ def test_a_child_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
 def test_answers_are_read_from_the_last_line() -> None:
     answer = json.dumps({"peak_bytes": 7, "baseline_bytes": 3})
     assert _read(0, f"chatter\n{answer}\n", "", "x") == MemoryUse(peak_bytes=7, baseline_bytes=3)
+    on_gpu = json.dumps({"peak_bytes": 7, "baseline_bytes": 3, "device_bytes": 11})
+    assert _read(0, on_gpu, "", "x").device_bytes == 11
     with pytest.raises(RuntimeUnavailable, match="no device"):
         _read(0, json.dumps({"error": "RuntimeUnavailable", "message": "no device"}), "", "x")
     with pytest.raises(ArtifactError, match="killed by signal 9"):
@@ -97,3 +101,33 @@ def test_what_was_used_and_freed_before_is_forgotten() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 50 * MEGA <= int(done.stdout) < 60 * MEGA
+
+
+@pytest.mark.parametrize(("after_loading", "after_running", "peak"), [(600, 500, 500), (300, 500, 700)])
+def test_on_a_gpu_the_peak_is_what_left_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, after_loading: int, after_running: int, peak: int
+) -> None:
+    """Loading may take more than running does: an engine's file and its weights, for a while."""
+    steps: list[str] = []
+
+    class Runtime:
+        mode = "gpu"
+
+        def device_of(self, mode: str) -> str:
+            return "cuda"
+
+        def availability(self) -> None:
+            steps.append("context")
+
+        def open(self, artifact: object, *, batch_size: int, threads: int) -> Runtime:
+            steps.append("open")
+            return self
+
+        def bind(self, images: object) -> Callable[[], None]:
+            return lambda: steps.append("run")
+
+    free = {"context": 1000, "open": after_loading, "run": after_running}
+    monkeypatch.setattr("deploycnn.runtimes.base.create", lambda _: Runtime())
+    monkeypatch.setattr(memory_child, "_free_device_bytes", lambda: free[steps[-1]])
+    request = {"format": "onnx", "path": "x.onnx", "shape": [2, 3, 4, 4], "spec": "fake:gpu", "threads": 1}
+    assert memory_child.measure(request)["device_bytes"] == peak
