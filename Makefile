@@ -17,6 +17,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/*.Dockerfile; \
+	  else echo "hadolint has no wheel for this platform: Dockerfiles are not linted" >&2; fi
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
