@@ -6,7 +6,9 @@ provider options of the plug-in ``onnxruntime-ep-nv-tensorrt-rtx`` (NVIDIA/Tenso
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,12 +120,27 @@ def require_provider(ort: ModuleType, mode: str) -> None:
     if mode == "tensorrt-rtx":
         rtx_devices(ort)
         return
+    _load_libraries(ort, mode)
     available = ort.get_available_providers()
     if PROVIDERS[mode] not in available:
         raise RuntimeUnavailable(
             f"onnxruntime:{mode}: the installed onnxruntime {ort.__version__} has no {PROVIDERS[mode]} "
             f"(it has {', '.join(available)}); {MEND[mode]}"
         )
+
+
+@functools.cache
+def _load_libraries(ort: ModuleType, mode: str) -> None:
+    """Load CUDA, cuDNN and TensorRT where they lie in wheels, which the dynamic linker does not search.
+
+    A library that is missing is told by the provider, when it does not load.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
+    if mode == "tensorrt" and optional.installed("tensorrt"):
+        with contextlib.suppress(RuntimeUnavailable):
+            optional.require("tensorrt")
 
 
 @functools.cache
