@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.cpu ## Install, run the main job on the embedded data, and say where the report is.
-	$(BIN)/deploycnn compress digits-resnet20
+	$(BIN)/deploycnn compress quickstart
 
 test: $(VENV)/.dev lint ## Install with test extras, lint, type-check and run the tests.
 	$(BIN)/python -m pytest

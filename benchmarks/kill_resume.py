@@ -33,7 +33,7 @@ QUICK = [
 
 
 def command(out: Path, full: bool) -> list[str]:
-    base = [sys.executable, "-m", "deploycnn", "compress", "digits-resnet20", "--plain", "--out", str(out)]
+    base = [sys.executable, "-m", "deploycnn", "compress", "quickstart", "--plain", "--out", str(out)]
     return base + ([] if full else QUICK)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deploycnn.data.base import Data
 
 #: The recipe that runs where none is named.
-DEFAULT_RECIPE = "digits-resnet20"
+DEFAULT_RECIPE = "quickstart"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ class _Verbs(click.Group):
 def cli() -> None:
     """From a CNN and a folder of images to a measured, smaller, faster model.
 
-    Start with `deploycnn compress digits-resnet20`, or copy a recipe with `deploycnn recipes copy`.
+    Start with `deploycnn compress quickstart`, or copy a recipe with `deploycnn recipes copy`.
     """
 
 

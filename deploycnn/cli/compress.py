@@ -31,7 +31,7 @@ def command(
 ) -> int:
     """Make every variant of RECIPE, measure each on this machine, and name the fastest within the budget.
 
-    RECIPE is a YAML file or the name of a shipped one (`deploycnn recipes list`); digits-resnet20 by default. A
+    RECIPE is a YAML file or the name of a shipped one (`deploycnn recipes list`); quickstart by default. A
     run that was interrupted goes on where it stopped; what has been made is not made again.
     """
     from deploycnn import api

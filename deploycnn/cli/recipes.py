@@ -17,7 +17,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 def command() -> None:
     """List, show and copy the recipes that ship with the package.
 
-    A shipped recipe also runs by its name: `deploycnn compress digits-resnet20`.
+    A shipped recipe also runs by its name: `deploycnn compress quickstart`.
     """
 
 
