@@ -142,11 +142,10 @@ def conv(site: Site) -> Value:
     return site.builder.leaf(site.node, module, padded)
 
 
-def crop(x: Tensor, begin: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """Cut the spatial axes of (N, C, ...) to ``sizes`` elements (negative: so many fewer) from ``begin`` on."""
-    for axis, (start, size) in enumerate(zip(begin, sizes, strict=True), start=2):
-        length = size if size >= 0 else x.shape[axis] - start + size
-        x = x.narrow(axis, start, length)
+def crop(x: Tensor, begin: Sequence[int], end: Sequence[int]) -> Tensor:
+    """Cut so many elements off both ends of the spatial axes of (N, C, ...)."""
+    for axis, (before, after) in enumerate(zip(begin, end, strict=True), start=2):
+        x = x.narrow(axis, before, x.shape[axis] - before - after)
     return x
 
 
@@ -210,7 +209,7 @@ def conv_transpose(site: Site) -> Value:
         return site.call(crop_to_product, made, source, list(window.strides), window.same_upper)
     if plain:
         return made
-    return site.call(crop, made, list(window.begin), [-amount - 1 for amount in window.end])
+    return site.call(crop, made, list(window.begin), list(window.end))
 
 
 def crop_to_shape(x: Tensor, sizes: Sequence[int], upper: bool) -> Tensor:

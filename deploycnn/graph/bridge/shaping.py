@@ -146,7 +146,8 @@ def split_sizes(x: Tensor, sizes: Sequence[int], axis: int) -> tuple[Tensor, ...
 
 def split_evenly(x: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
     """So many parts of one size, the last of which may be smaller."""
-    return torch.split(x, -(-x.shape[axis] // count), axis)
+    size = -(-x.shape[axis] // count)
+    return torch.split(x, [size] * (count - 1) + [x.shape[axis] - size * (count - 1)], axis)
 
 
 @operator("Split")
