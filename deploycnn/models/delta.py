@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from deploycnn.core import Json
 from deploycnn.errors import ArtifactError
@@ -114,6 +114,7 @@ def difference(model: nn.Module, base: nn.Module) -> Delta:
         ArtifactError: modules were added, removed or replaced, which a delta cannot tell.
     """
     _check_same_modules(model, base)
+    _check_same_code(model, base)
     ours, theirs = tensors(model), tensors(base)
     added = sorted(ours.keys() ^ theirs.keys())
     if added:
@@ -143,8 +144,8 @@ def difference(model: nn.Module, base: nn.Module) -> Delta:
 
 
 def _check_same_modules(model: nn.Module, base: nn.Module) -> None:
-    ours = {name: type(module) for name, module in model.named_modules()}
-    theirs = {name: type(module) for name, module in base.named_modules()}
+    ours = {name: _kind(module) for name, module in model.named_modules()}
+    theirs = {name: _kind(module) for name, module in base.named_modules()}
     changed = sorted(
         name or "(the model itself)"
         for name in ours.keys() | theirs.keys()
@@ -155,6 +156,27 @@ def _check_same_modules(model: nn.Module, base: nn.Module) -> None:
             f"modules were added, removed or replaced, so the model cannot be stored as a change of its "
             f"architecture: {listing(changed)}"
         )
+
+
+def _kind(module: nn.Module) -> type:
+    """The module's class; every ``GraphModule`` has one of its own, so its base stands for it."""
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+
+
+def _check_same_code(model: nn.Module, base: nn.Module) -> None:
+    """Modules that were imported from a graph must still be that graph."""
+    theirs = dict(base.named_modules())
+    for name, module in model.named_modules():
+        before = theirs[name]
+        if (
+            isinstance(module, fx.GraphModule)
+            and isinstance(before, fx.GraphModule)
+            and module.code != before.code
+        ):
+            raise ArtifactError(
+                f"{name or 'the model'} computes something else than its architecture, which cannot be stored "
+                "as a change of it"
+            )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

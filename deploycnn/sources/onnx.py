@@ -7,13 +7,15 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from deploycnn.core import MAIN_FILE, Context, Draft, Facts, Format, Json, Source, TensorSpec
 from deploycnn.errors import SourceError
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Mapping
+
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,21 @@ class Onnx(Source):
     produces: ClassVar[Format] = "onnx"
 
     path: Annotated[Path, "The .onnx file."]
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], _num_classes: int | None) -> nn.Module:
+        """The base architecture of a torch artifact that the pass `to_torch` made, all weights zero.
+
+        Args:
+            options: ``graph``: the graph without weights, by ``graph.bridge.skeleton``.
+
+        Raises:
+            ArtifactError: the graph is damaged.
+        """
+        from deploycnn.graph.bridge import to_torch
+        from deploycnn.graph.bridge.skeleton import from_skeleton
+
+        return to_torch(from_skeleton(options["graph"])).module
 
     def extra_identity(self) -> Json:
         """The files that hold the model's external data."""

@@ -23,12 +23,14 @@ class Bridge:
         module_of: ONNX node name -> path of its module, for nodes with weights and QuantizeLinear nodes.
         slots: Which tensor of the module belongs into which ONNX tensor.
         original: The ONNX model that was imported, with local functions inlined.
+        evaluated: Its tensors from which constants were computed.
     """
 
     module: fx.GraphModule
     module_of: Mapping[str, str]
     slots: tuple[Slot, ...]
     original: ModelProto
+    evaluated: frozenset[str] = frozenset()
 
     def write_back(self) -> ModelProto:
         """A copy of the original with the module's parameters in the same initializers.

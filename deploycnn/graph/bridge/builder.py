@@ -83,6 +83,7 @@ class Builder:
         integers: Nodes that stand for the integers of a QuantizeLinear -> its rounding and quantizer. Their
             tensors hold the real values of those integers, so that most operators need not know.
         on_grid: Nodes whose values were rounded -> path of the quantizer.
+        evaluated: ONNX tensors from which others were computed while importing.
         learned: Nodes that depend on the input through a layer with weights.
     """
 
@@ -99,13 +100,14 @@ class Builder:
         self.learned: set[fx.Node] = set()
         self.module_of: dict[str, str] = {}
         self.slots: list[Slot] = []
+        self.evaluated: set[str] = set()
         self.float_weights = dict(float_weights)
         self.float_weights_used: set[str] = set()
         #: ONNX Add nodes that became the bias of a linear layer -> the value that stands for their output.
         self.absorbed: dict[str, fx.Node] = {}
         self._types = value_types(infer_shapes(model))
         self._taken: set[str] = set()
-        self._parameters: dict[tuple[str, tuple[int, ...]], list[nn.Parameter]] = {}
+        self._parameters: dict[tuple[str, ...], nn.Parameter] = {}
         self._buffers: dict[str, list[tuple[Array, fx.Node]]] = {}
         self._quantizers: dict[tuple[object, ...], tuple[FakeQuantize, str]] = {}
         self._peaks = _largest_integers(model)
@@ -188,13 +190,10 @@ class Builder:
         """
         if isinstance(value, Constant):
             self.note_float(path, value)
-        tensor = to_torch_tensor(value.array)
-        known = self._parameters.setdefault((value.origin, tuple(tensor.shape)), [])
-        for parameter in known:
-            if torch.equal(parameter.detach(), tensor):
-                return parameter
-        known.append(nn.Parameter(tensor))
-        return known[-1]
+        key = (value.origin, *value.layout)
+        if key not in self._parameters:
+            self._parameters[key] = nn.Parameter(to_torch_tensor(value.array))
+        return self._parameters[key]
 
     def free_parameter(self, value: Constant) -> fx.Node:
         """A parameter of the root that an operator without a module reads."""

@@ -44,6 +44,7 @@ def folded(site: Site) -> Sequence[Value] | None:
         arrays = evaluate(node, tensors, site.opset)
     except Exception as error:  # whatever a third-party evaluator raises for a node that it lacks
         raise UnsupportedError(f"its constant inputs cannot be evaluated ({error})") from error
+    site.builder.evaluated |= {value.origin for value in given if isinstance(value, Constant)}
     # The node itself is the origin: a trained tensor would replace it.
     return [Constant(array=array, origin=name) for name, array in zip(node.output, arrays, strict=True)]
 
@@ -85,13 +86,16 @@ def _rearranged(site: Site, value: Constant) -> Constant | None:
     if permutation is not None:
         back = [int(index) for index in np.argsort(permutation)]
         return value.changed(
+            f"transpose {permutation}",
             lambda array: np.ascontiguousarray(array.transpose(permutation)),
             lambda array: np.ascontiguousarray(array.transpose(back)),
         )
     shape = _new_shape(site, value.array)
     if shape is None:
         return None
-    return value.changed(lambda array: array.reshape(shape), lambda array: array.reshape(before))
+    return value.changed(
+        f"reshape {shape}", lambda array: array.reshape(shape), lambda array: array.reshape(before)
+    )
 
 
 def _rearranged_rounded(site: Site, value: RoundedConstant) -> Sequence[Value] | None:
@@ -106,6 +110,7 @@ def _rearranged_rounded(site: Site, value: RoundedConstant) -> Sequence[Value] |
     moved = None if axis is None else permutation.index(axis % value.master.ndim)
     return [
         value.changed(
+            f"transpose {permutation}",
             lambda array: np.ascontiguousarray(array.transpose(permutation)),
             lambda array: np.ascontiguousarray(array.transpose(back)),
             moved,

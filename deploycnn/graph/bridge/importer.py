@@ -15,7 +15,16 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from torch import fx
 
 from deploycnn.errors import PassRequirementError
-from deploycnn.graph.bridge import elementwise, layers, normalization, pooling, resizing, shaping  # noqa: F401
+from deploycnn.graph.bridge import (  # noqa: F401 - each enters its operators into the table
+    activations,
+    elementwise,
+    indexing,
+    linear,
+    normalization,
+    pooling,
+    resizing,
+    shaping,
+)
 from deploycnn.graph.bridge.bridge import Bridge
 from deploycnn.graph.bridge.builder import Builder, UnsupportedError
 from deploycnn.graph.bridge.constants import folded
@@ -24,7 +33,7 @@ from deploycnn.graph.bridge.quantized import KEEP_INTEGERS, to_integers
 from deploycnn.graph.bridge.site import OPERATORS, Site
 from deploycnn.graph.bridge.values import Broken, Constant, RoundedConstant, Value
 from deploycnn.graph.cleanup import _constant_tensor
-from deploycnn.graph.model import opset_of, runtime_inputs, sort_nodes
+from deploycnn.graph.model import names_used, opset_of, runtime_inputs, sort_nodes
 from deploycnn.graph.names import name_nodes
 
 
@@ -62,7 +71,7 @@ def to_torch(
     for value in runtime_inputs(inlined):
         builder.values[value.name] = builder.graph.placeholder(builder.path(value.name))
     problems: dict[str, str] = {}
-    for node in inlined.graph.node:
+    for node in _constants_first(inlined):
         _import(builder, node, problems)
     _raise_for(problems, inlined)
     builder.check_float_weights()
@@ -74,6 +83,19 @@ def _copy(model: ModelProto) -> ModelProto:
     duplicate = ModelProto()
     duplicate.CopyFrom(model)
     return duplicate
+
+
+def _constants_first(model: ModelProto) -> list[NodeProto]:
+    """Nodes in topological order, those that do not depend on the input first: layers look ahead for biases."""
+    computed = {value.name for value in runtime_inputs(model)}
+    fixed, rest = [], []
+    for node in model.graph.node:
+        if any(name in computed for name in names_used(node)):
+            computed.update(node.output)
+            rest.append(node)
+        else:
+            fixed.append(node)
+    return fixed + rest
 
 
 def supported_operators() -> frozenset[str]:
@@ -205,4 +227,5 @@ def _finish(builder: Builder, original: ModelProto) -> Bridge:
         module_of={name: path for name, path in builder.module_of.items() if path in modules},
         slots=tuple(slot for slot in builder.slots if slot.path in tensors),
         original=original,
+        evaluated=frozenset(builder.evaluated),
     )

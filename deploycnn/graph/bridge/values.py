@@ -27,16 +27,23 @@ class Constant:
         array: Its content.
         origin: The tensor of the ONNX graph that it comes from, into which a trained one is written.
         undo: Turns a trained array of this shape into the origin's layout.
+        layout: What was done to the origin to get here. Readers of one origin in one layout share a parameter.
     """
 
     array: Array
     origin: str
     undo: Change = same
+    layout: tuple[str, ...] = ()
 
-    def changed(self, change: Change, undo: Change) -> Constant:
-        """The constant after ``change``, which ``undo`` reverts."""
+    def changed(self, step: str, change: Change, undo: Change) -> Constant:
+        """The constant after ``change``, called ``step``, which ``undo`` reverts."""
         before = self.undo
-        return replace(self, array=change(self.array), undo=lambda array: before(undo(array)))
+        return replace(
+            self,
+            array=change(self.array),
+            undo=lambda array: before(undo(array)),
+            layout=(*self.layout, step),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +92,7 @@ class RoundedConstant:
         stored_as_integers: Whether that tensor holds integers.
         rounding: Scale, zero point and type.
         undo: Turns a trained master of this shape into the origin's layout.
+        layout: As of :class:`Constant`.
         given: Whether the caller gave the master, so that the stored integers may not be its roundings.
     """
 
@@ -93,6 +101,7 @@ class RoundedConstant:
     stored_as_integers: bool
     rounding: Rounding
     undo: Change = same
+    layout: tuple[str, ...] = ()
     given: bool = False
 
     @property
@@ -100,13 +109,14 @@ class RoundedConstant:
         """The master: layers look at its shape."""
         return self.master
 
-    def changed(self, change: Change, undo: Change, axis: int | None) -> RoundedConstant:
+    def changed(self, step: str, change: Change, undo: Change, axis: int | None) -> RoundedConstant:
         """The constant after ``change``, which ``undo`` reverts and which moves the channels to ``axis``."""
         before = self.undo
         return replace(
             self,
             master=change(self.master),
             undo=lambda array: before(undo(array)),
+            layout=(*self.layout, step),
             rounding=replace(self.rounding, axis=axis),
         )
 

@@ -92,7 +92,9 @@ def noise(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def convnet(opset: int = 17, *, norm: bool = False) -> ModelProto:
+def convnet(
+    opset: int = 17, *, norm: bool = False, image: int = 12, channels: int = 3, classes: int = 5
+) -> ModelProto:
     """Convolutions (one depthwise), a residual Add, pools and a Gemm: (N, 3, 12, 12) -> (N, 5)."""
     nodes = [
         helper.make_node("Conv", ["x", "stem.w", "stem.b"], ["c0"], "stem", pads=[1, 1, 1, 1]),
@@ -113,14 +115,14 @@ def convnet(opset: int = 17, *, norm: bool = False) -> ModelProto:
         return (rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
 
     weights: dict[str, Array] = {
-        "stem.w": weight(8, 3, 3, 3),
+        "stem.w": weight(8, channels, 3, 3),
         "stem.b": weight(8, 4)[:, 0],
         "dw.w": weight(8, 1, 3, 3),
         "dw.b": weight(8, 4)[:, 0],
         "pw.w": weight(8, 8, 1, 1),
         "pw.b": weight(8, 4)[:, 0],
-        "head.w": weight(5, 8),
-        "head.b": weight(5, 4)[:, 0],
+        "head.w": weight(classes, 8),
+        "head.b": weight(classes, 4)[:, 0],
         "zero": np.array(0, np.float32),
         "six": np.array(6, np.float32),
     }
@@ -135,7 +137,7 @@ def convnet(opset: int = 17, *, norm: bool = False) -> ModelProto:
         del weights["stem.b"]
         weights |= {"bn.s": rng.uniform(0.5, 1.5, 8).astype(np.float32), "bn.b": weight(8, 4)[:, 0]}
         weights |= {"bn.m": weight(8, 4)[:, 1], "bn.v": rng.uniform(0.5, 1.5, 8).astype(np.float32)}
-    return model_of(nodes, weights, inputs={"x": ["N", 3, 12, 12]}, opset=opset)
+    return model_of(nodes, weights, inputs={"x": ["N", channels, image, image]}, opset=opset)
 
 
 class _Reader:
