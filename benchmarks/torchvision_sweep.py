@@ -4,9 +4,10 @@
 
 Random weights suffice for latency and parity; accuracy is not measured. They are drawn so that signals keep their size
 (He et al. 2015), with batch-norm statistics of the images; else the outputs of deep nets nearly vanish, and equal
-outputs would say nothing of equal graphs. Parity is given as a share of the outputs' largest value and of their spread over the
-images (how far one image's outputs lie from the mean of all). Timed with onnxruntime on all cores at
-batch 1, all four variants of a net side by side. Ratios are FP32 latency / variant latency with their intervals.
+outputs would say nothing of equal graphs. Parity is given for fp32 and pruned, each as a share of the outputs' largest
+value and of their spread over the images (how far one image's outputs lie from the mean of all). Timed with onnxruntime
+on all cores at batch 1, all four variants of a net side by side. Ratios are FP32 latency / variant latency with their
+intervals.
 """
 
 from __future__ import annotations
