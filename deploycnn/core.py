@@ -146,6 +146,51 @@ class ProgressFn(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """A model's speed beside the first one of its race.
+
+    Attributes:
+        median_ms: Of one batch.
+        ratio: Latency of the first model / latency of this one; above 1 is faster.
+        low: Lower end of the ratio's interval.
+        high: Its upper end. Both are 1 for the first model itself.
+    """
+
+    median_ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+class Stopwatch(Protocol):
+    """Times ONNX models on the deployment target; passes get one where the target can run here."""
+
+    @property
+    def runtime(self) -> str:
+        """Runtime that the times are of, as ``name:mode``."""
+        ...
+
+    @property
+    def settings(self) -> tuple[tuple[int, int], ...]:
+        """(batch size, threads) that the recipe asks for; the first pair decides."""
+        ...
+
+    def race(
+        self, models: Mapping[str, Path], *, batch_size: int, threads: int, budget_s: float
+    ) -> Mapping[str, Speed]:
+        """Time models side by side; ``budget_s`` seconds for each.
+
+        Raises:
+            RuntimeUnavailable: one cannot be run.
+        """
+        ...
+
+    def layer_ms(self, model: Path, *, batch_size: int, threads: int) -> Mapping[str, float]:
+        """Median milliseconds of each node that the runtime ran, by name, in the order in which they ran."""
+        ...
+
+
 def no_progress(done: float, total: float, message: str = "") -> None:
     """Ignore progress."""
 
@@ -164,6 +209,7 @@ class Context:
         target: Name of the deployment target (see ``targets.py``).
         data: Images with their preprocessing; ``None`` where the recipe names none.
         references: Artifacts of other variants that the pass asked for (``Pass.references``), by variant name.
+        stopwatch: Times models on the target; ``None`` where the target cannot run here.
         num_classes: How many classes the model tells apart; ``None`` where there are no data.
     """
 
@@ -175,6 +221,7 @@ class Context:
     target: str = "onnxruntime-cpu"
     data: Data | None = None
     references: Mapping[str, Artifact] = field(default_factory=dict)
+    stopwatch: Stopwatch | None = None
     progress: ProgressFn = no_progress
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("deploycnn"))
 

@@ -12,13 +12,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deploycnn.core import Artifact, Context, Pass, Source
+from deploycnn.core import Artifact, Context, Pass, Source, Stopwatch
 from deploycnn.data.base import Data
 from deploycnn.errors import ArtifactError, DeployCNNError, StorageError
 from deploycnn.events import Events
 from deploycnn.events import Outcome as Ending
 from deploycnn.plan import Plan, Step
 from deploycnn.recipe import Recipe
+from deploycnn.runtimes.base import create
 from deploycnn.store import Store
 
 
@@ -139,6 +140,7 @@ def _make(
                 target=recipe.target.name,
                 data=data,
                 references={name: artifacts[key] for name, key in step.references.items()},
+                stopwatch=stopwatch(recipe, data) if _takes_onnx(step) else None,
                 progress=events.progress,
                 log=log,
             )
@@ -172,6 +174,28 @@ class _Log(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's signature
         """Let a full disk end the step."""
         raise  # noqa: PLE0704 - logging calls this while it handles the error
+
+
+def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
+    """What times models on the recipe's target at the settings of its profile; ``None`` where it cannot run here."""
+    from deploycnn.profiling.stopwatch import RuntimeStopwatch
+
+    spec = recipe.target.runtimes[0]
+    if not create(spec).availability().ok:
+        return None
+    threads = [available_threads() if item == "all" else int(item) for item in recipe.profile.threads]
+    return RuntimeStopwatch(
+        runtime=spec,
+        settings=tuple(
+            dict.fromkeys((size, count) for count in threads for size in recipe.profile.batch_sizes)
+        ),
+        image_shape=data.preprocessing.input_shape if data is not None else None,
+        seed=recipe.seed,
+    )
+
+
+def _takes_onnx(step: Step) -> bool:
+    return isinstance(step.component, Pass) and step.component.consumes == "onnx"
 
 
 def available_threads() -> int:

@@ -86,7 +86,7 @@ class Job:
         original = load_onnx(self.source)
         if is_quantized(original):
             raise PassRequirementError(f"{self.source}: already quantized; give the float32 model")
-        model = prepare(original)
+        model = prepare(original, self.pack)
         check_exclude(original, model, self.options.exclude)
         plan = place(model, self.pack, self.options.exclude)
         if not plan.quantized_nodes and not plan.weights:

@@ -59,6 +59,7 @@ class RulePack:
         grouped_multiple: Grouped convolutions with output channels that are no multiple of this stay float.
         grouped_kernel: Grouped convolutions with a smaller kernel stay float.
         first_multiple: A first layer stays float unless its input or output channels are a multiple of this.
+        rewrites: Exact rewrites of the float graph to make first (``rewrites.REWRITES``).
         note: What a user should know before quantizing for this target.
     """
 
@@ -81,6 +82,7 @@ class RulePack:
     grouped_multiple: int = 1
     grouped_kernel: int = 1
     first_multiple: int = 1
+    rewrites: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -94,6 +96,8 @@ _CPU = RulePack(
     float_results=frozenset({"Gemm", "MatMul"}),
     constant_operands="scalar",
     tie_concat=True,
+    # Behind a convolution HardSwish and HardSigmoid are integer kernels; OpenVINO has its own way with them.
+    rewrites=("remove_shuffles", "clip_by_range", "tile_gates", "merge_groups"),
 )
 
 _TENSORRT = RulePack(
@@ -121,6 +125,7 @@ PACKS: Mapping[str, RulePack] = {
             target="openvino",
             followers=CPU_FOLLOWERS | {"HardSwish"},
             epilogues=frozenset({"HardSwish", "SiLU"}),
+            rewrites=("remove_shuffles",),
         ),
         replace(
             _TENSORRT,

@@ -33,6 +33,7 @@ from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.insertion import MIN_OPSET, build
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
+from deploycnn.quantization.rewrites import apply_rewrites
 from deploycnn.quantization.settings import Int8Settings, QuantizationRecord
 from deploycnn.quantization.types import NumberFormat, Plan, Ranges
 
@@ -68,9 +69,10 @@ def quantize_static(
     original = load_onnx(model_path)
     if is_quantized(original):
         raise PassRequirementError(f"{model_path}: already quantized; give the float32 model")
-    prepared = prepare(original)
+    pack = rule_pack(settings)
+    prepared = prepare(original, pack)
     check_exclude(original, prepared, settings.exclude)
-    plan = place(prepared, rule_pack(settings), settings.exclude)
+    plan = place(prepared, pack, settings.exclude)
     if not plan.quantized_nodes:
         raise PassRequirementError(
             f"{model_path}: no convolution or matrix product to quantize; leave int8 out"
@@ -105,10 +107,11 @@ def rule_pack(settings: Int8Settings) -> RulePack:
     )
 
 
-def prepare(original: ModelProto) -> ModelProto:
+def prepare(original: ModelProto, pack: RulePack | None = None) -> ModelProto:
     """The float graph that gets quantized: opset 13 or newer, simplified, named, with inferred shapes.
 
-    Batch norms that no convolution precedes become depthwise convolutions, so that they run on integers too.
+    Batch norms that no convolution precedes become depthwise convolutions, so that they run on integers too. The
+    rewrites that ``pack`` names follow; they change values inside, so ranges are calibrated on the result.
 
     Raises:
         PassRequirementError: opset 13 cannot be reached, or the input is not one batch of float32 images.
@@ -119,7 +122,10 @@ def prepare(original: ModelProto) -> ModelProto:
     image_input(model)
     name_nodes(model)
     batchnorm_to_depthwise(model)
-    return infer_shapes(simplify(model))
+    model = infer_shapes(simplify(model))
+    if pack is not None:
+        apply_rewrites(model, pack.rewrites)
+    return model
 
 
 def check_exclude(original: ModelProto, prepared: ModelProto, exclude: Iterable[str]) -> None:

@@ -1,0 +1,138 @@
+"""Milliseconds of each node, as runtimes themselves tell them.
+
+A profile slows a model down and its sum is not the model's latency: nodes are compared with one another here, whole
+models in races.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from deploycnn.optional import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+#: Runs that are profiled, and runs before them.
+RUNS, WARMUP = 20, 3
+
+#: What may be fused into the convolution before it.
+_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
+
+#: What onnxruntime adds to the names of nodes that it moves to another layout.
+_SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc)$")
+
+
+def onnxruntime_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threads: int) -> dict[str, float]:
+    """Median time of each node of the optimized graph, in the order in which they run.
+
+    A fused node goes by the name of what it was made of, of the convolution where there is one; nodes that onnxruntime
+    put in (``Transpose``, ``ReorderInput``) have names of its own.
+    """
+    import onnx
+
+    runtime = require("onnxruntime")
+    makers = _makers(onnx.load(str(model), load_external_data=False).graph)
+    with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = runtime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: images_NCHW}
+        for _ in range(WARMUP + RUNS):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return node_medians(events, makers)
+
+
+def _makers(graph: Any) -> dict[str, str]:
+    """Value -> the node that onnxruntime calls after it when it moves that to another layout."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    found = {}
+    for value, maker in made_by.items():
+        node = maker
+        while node.op_type in _ACTIVATIONS and node.input[0] in made_by:
+            node = made_by[node.input[0]]
+        found[value] = (node if node.op_type in {"Conv", "Gemm", "MatMul"} else maker).name
+    return found
+
+
+def node_medians(
+    events: list[Mapping[str, Any]],
+    makers: Mapping[str, str] | None = None,
+    *,
+    runs: int = WARMUP + RUNS,
+    warmup: int = WARMUP,
+) -> dict[str, float]:
+    """Median milliseconds by node, from onnxruntime's profiling events, in the order of one run.
+
+    Args:
+        events: All of them; every run leaves the same sequence.
+        makers: Value -> name of the node that makes it: onnxruntime names moved nodes after their values.
+        runs: How many were made.
+        warmup: How many of them are left out, at the beginning.
+    """
+    makers = makers or {}
+    known = set(makers.values())
+    kernels = [
+        event
+        for event in events
+        if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time")
+    ]
+    length = len(kernels) // runs
+    found: dict[str, float] = {}
+    for position in range(length):
+        name = _SUFFIX.sub("", str(kernels[position]["name"]).removesuffix("_kernel_time"))
+        name = makers.get(name, name)
+        times = [float(event["dur"]) / 1e3 for event in kernels[warmup * length + position :: length]]
+        if name in found and name not in known:
+            # What onnxruntime put in shares a name; its place in the order tells where it belongs.
+            name = f"{name}#{position}"
+        found[name] = found.get(name, 0.0) + median(times)
+    return found
+
+
+def openvino_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threads: int) -> dict[str, float]:
+    """Median time of each executed layer, by its name in the ONNX graph where OpenVINO kept it."""
+    openvino = require("openvino")
+    core = openvino.Core()
+    read = core.read_model(str(model))
+    read.reshape(list(images_NCHW.shape))
+    compiled = core.compile_model(
+        read,
+        "CPU",
+        {
+            "PERF_COUNT": True,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+        },
+    )
+    request = compiled.create_infer_request()
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for run in range(WARMUP + RUNS):
+        request.infer({0: images_NCHW})
+        if run >= WARMUP:
+            for info in request.profiling_info:
+                if info.real_time.total_seconds() > 0:
+                    times[info.node_name].append(info.real_time.total_seconds() * 1e3)
+    return {name.removesuffix("/WithoutBiases"): median(values) for name, values in times.items()}
+
+
+#: By runtime.
+PROFILERS: Mapping[str, Callable[[Path, npt.NDArray[np.float32], int], dict[str, float]]] = {
+    "onnxruntime:cpu": onnxruntime_node_ms,
+    "openvino:f32": openvino_node_ms,
+}

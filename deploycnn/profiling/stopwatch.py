@@ -1,0 +1,119 @@
+"""``core.Stopwatch`` on top of a runtime: interleaved races, and the runtime's own account of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploycnn.core import Artifact, Facts, Speed, TensorSpec
+from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.profiling.nodes import PROFILERS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from deploycnn.runtimes.base import Runtime, Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeStopwatch:
+    """Times models with one runtime.
+
+    Attributes:
+        runtime: ``name:mode``.
+        settings: (batch size, threads) that the recipe asks for.
+        image_shape: (C, H, W) of the images, for models that leave H and W open.
+        seed: Of the images, which are noise: times do not depend on them.
+    """
+
+    runtime: str
+    settings: tuple[tuple[int, int], ...] = ((1, 1),)
+    image_shape: tuple[int, int, int] | None = None
+    seed: int = 0
+
+    def race(
+        self, models: Mapping[str, Path], *, batch_size: int, threads: int, budget_s: float
+    ) -> dict[str, Speed]:
+        """Time models side by side (``timing.time_interleaved``); the first one is what others are compared with.
+
+        Raises:
+            RuntimeUnavailable: one cannot be run; says why.
+        """
+        from deploycnn.profiling.statistics import compare, summarize
+        from deploycnn.profiling.timing import Candidate, TimingSettings, time_interleaved
+        from deploycnn.runtimes.base import create
+
+        runtime = create(self.runtime)
+        candidates = []
+        for label, path in models.items():
+            artifact, images = self._artifact(path, batch_size)
+            candidates.append(
+                Candidate(
+                    label=label,
+                    runtime=self.runtime,
+                    batch_size=batch_size,
+                    threads=threads,
+                    images_NCHW=images,
+                    open=_Opener(runtime, artifact, batch_size, threads),
+                )
+            )
+        rows = time_interleaved(candidates, TimingSettings(budget_s=budget_s, seed=self.seed))
+        for row in rows:
+            if not row.measured:
+                raise RuntimeUnavailable(f"{self.runtime}: {row.label} cannot be timed: {row.why}")
+        found = {}
+        for row in rows:
+            ratio = compare(rows[0], row)
+            found[row.label] = Speed(
+                median_ms=summarize(row).median_ms, ratio=ratio.ratio, low=ratio.low, high=ratio.high
+            )
+        return found
+
+    def layer_ms(self, model: Path, *, batch_size: int, threads: int) -> dict[str, float]:
+        """See ``core.Stopwatch.layer_ms``.
+
+        Raises:
+            RuntimeUnavailable: this runtime tells no times of its nodes.
+        """
+        if self.runtime not in PROFILERS:
+            raise RuntimeUnavailable(f"{self.runtime} tells no times of single nodes")
+        _, images = self._artifact(model, batch_size)
+        return PROFILERS[self.runtime](model, images, threads)
+
+    def _artifact(self, path: Path, batch_size: int) -> tuple[Artifact, npt.NDArray[np.float32]]:
+        """The file as an artifact, and images that fit it."""
+        import numpy as np
+        import onnx
+
+        graph = onnx.load(str(path), load_external_data=False).graph
+        weights = {tensor.name for tensor in graph.initializer}
+        inputs = [value for value in graph.input if value.name not in weights]
+        shape = self._shape(path, [axis.dim_value for axis in inputs[0].type.tensor_type.shape.dim])
+        images = np.random.default_rng(self.seed).standard_normal((batch_size, *shape)).astype(np.float32)
+        specs = (TensorSpec(name=inputs[0].name, dtype="float32", shape=(None, *shape)),)
+        artifact = Artifact(
+            key=str(path), format="onnx", path=path, inputs=specs, outputs=(), parents=(), facts=Facts()
+        )
+        return artifact, images
+
+    def _shape(self, path: Path, dims: list[int]) -> tuple[int, ...]:
+        stated = tuple(dims[1:])
+        if all(stated):
+            return stated
+        if self.image_shape is None:
+            raise ArtifactError(f"{path}: its input leaves the image size open; export it with a fixed size")
+        return self.image_shape
+
+
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    runtime: Runtime
+    artifact: Artifact
+    batch_size: int
+    threads: int
+
+    def __call__(self) -> Session:
+        return self.runtime.open(self.artifact, batch_size=self.batch_size, threads=self.threads)
