@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploycnn import bundle, evidence, files, measure
+from deploycnn import bundle, evidence, files, measure, retarget
 from deploycnn import recipe as recipes
 from deploycnn import recipes as shipped
 from deploycnn.core import Artifact
@@ -143,6 +143,7 @@ def export(
     recipe: Recipe | Mapping[str, Any] | Path | str,
     *,
     variants: Sequence[str] = (),
+    target: str | None = None,
     out: Path | str | None = None,
     overrides: Sequence[str] = (),
     data: Path | str | None = None,
@@ -154,6 +155,7 @@ def export(
     Args:
         recipe: As for :func:`compress`.
         variants: Which ones; all by default.
+        target: Used instead of the recipe's; for one with engines, ONNX variants get a `build_engine` at their end.
         out: The run directory; bundles go to its ``deploy/<variant>``.
         overrides: ``key.path=value`` settings.
         data: An image folder, or a zip of one, used instead of the recipe's data.
@@ -168,6 +170,8 @@ def export(
     """
     events = events or Silent()
     loaded = load_recipe(recipe, overrides=overrides, data=data, weights=weights)
+    if target is not None:
+        loaded = retarget.for_target(loaded, target)
     wanted = recipes.only(loaded, variants) if variants else loaded
     check_chains(wanted)
     bundles = {}
@@ -187,7 +191,7 @@ def export(
         for name in wanted_names:
             key = planned.chains[name][-1]
             artifact = outcome.artifacts[key]
-            if artifact.format != "onnx":
+            if artifact.format == "torch":
                 raise RecipeError(
                     f"variants.{name}: ends in {artifact.format} format; add `export` to deploy it"
                 )
@@ -209,12 +213,18 @@ def dry_run(
     Raises:
         DeployCNNError: the recipe or its data are wrong.
     """
+    from deploycnn import environment
+
     loaded = load_recipe(recipe, overrides=overrides, data=data, weights=weights)
     check_chains(loaded)
     folder = _folder(loaded, out)
     check_schema(folder)
     opened = open_data(loaded)
-    planned = plan(loaded, data_fingerprint=opened.fingerprint if opened else None)
+    planned = plan(
+        loaded,
+        data_fingerprint=opened.fingerprint if opened else None,
+        environment_fingerprint=environment.detect().fingerprint,
+    )
     store = Store(folder)
     return _rows(planned, lambda key: "hit" if store.has(planned.step(key)) else "miss")
 
@@ -376,7 +386,7 @@ def _write_winner(store: Store, report: Mapping[str, Any], subjects: Sequence[me
         _remove_best(store)
         return
     artifact: Artifact = next(subject.artifact for subject in subjects if subject.name == winner["variant"])
-    if artifact.format != "onnx":
+    if artifact.format == "torch":
         _remove_best(store)
         return
     entry = next(variant for variant in report["variants"] if variant["name"] == winner["variant"])

@@ -7,6 +7,9 @@
       model.onnx.data      weights, where the model is larger than 2 GB
       deploy.json          preprocessing, classes, input and output, runtime, evidence, sha256 of the model's files
       predict.py           runs the model on image files; needs numpy, Pillow and the runtime, not deploycnn
+
+A TensorRT engine's bundle holds ``model.engine`` and ``layers.json`` (for audits) instead of the first, no script,
+and in ``deploy.json`` where the engine may run; ``deploycnn profile`` and ``audit`` take the folder.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def write_bundle(
 
     Args:
         folder: Where it goes; made anew.
-        artifact: The model; its format must be ``onnx``.
+        artifact: The model; its format must be ``onnx`` or ``engine``.
         variant: Name of the variant.
         runtime: Runtime spec that it was measured fastest on, where it was measured.
         evidence: The variant's entry in report.json, or what else is known of it.
@@ -44,8 +47,8 @@ def write_bundle(
     Raises:
         StorageError: no space or no permission.
     """
-    if artifact.format != "onnx":
-        raise ValueError(f"a bundle holds an onnx model, not {artifact.format}")
+    if artifact.format not in ("onnx", "engine"):
+        raise ValueError(f"a bundle holds an onnx model or an engine, not {artifact.format}")
     with files.storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -56,7 +59,7 @@ def write_bundle(
                 "deploycnn": __version__,
                 "variant": variant,
                 "key": artifact.key,
-                "sha256": digests["model.onnx"],
+                "sha256": digests[artifact.path.name],
                 "files": digests,
                 "runtime": runtime,
                 "preprocessing": artifact.facts.preprocessing,
@@ -65,8 +68,11 @@ def write_bundle(
                 "outputs": schema.to_json(artifact.outputs),
                 "evidence": dict(evidence),
             }
+            if artifact.format == "engine":
+                description["engine"] = artifact.facts.record["engine"]
+            else:
+                shutil.copyfile(PREDICT, staging / "predict.py")
             (staging / "deploy.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-            shutil.copyfile(PREDICT, staging / "predict.py")
             staging.chmod(0o755)
             files.sync_folder(staging)
             _replace_folder(staging, folder)
@@ -76,7 +82,7 @@ def write_bundle(
 
 
 def _copy_model(model: Path, folder: Path) -> dict[str, str]:
-    """Copy an ONNX artifact's files, weights beside the model included; the sha256 of each by name."""
+    """Copy an artifact's files, weights beside the model included; the sha256 of each by name."""
     digests = {}
     for item in sorted(model.parent.rglob("*")):
         name = item.relative_to(model.parent)

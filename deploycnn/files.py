@@ -19,7 +19,12 @@ _FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` at once: to a temporary name beside it, synced, then renamed.
+    """Write ``text`` to ``path`` at once, see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` at once: to a temporary name beside it, synced, then renamed.
 
     Raises:
         StorageError: no space or no permission.
@@ -28,8 +33,8 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).chmod(0o644)

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploycnn import api, evidence, measure, schema, store
+from deploycnn import api, evidence, measure, profile_engines, schema, store
 from deploycnn import recipe as recipes
 from deploycnn.core import Artifact
 from deploycnn.errors import ArtifactError, DeployCNNError, PreprocessingError, RecipeError
@@ -51,19 +51,22 @@ def profile(
     batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int | Literal["all"]] = (1, "all"),
     budget_s: float = 6.0,
+    trust_engine: bool = False,
     out: Path | str | None = None,
     events: Events | None = None,
 ) -> api.Run:
     """Measure models side by side; the first is what the others are compared with.
 
     Args:
-        models: ``.onnx`` files, checkpoints (with ``recipe``), run directories (all their variants), artifact folders.
+        models: ``.onnx`` files, checkpoints (with ``recipe``), engines, run directories (all their variants), and
+            folders of artifacts and engine bundles.
         recipe: Architecture, data and preprocessing for checkpoints; data for accuracy.
         data: An image folder, or a zip of one, to measure accuracy on.
         runtimes: Runtime specs; onnxruntime on the CPU by default.
         batch_sizes: The first decides.
         threads: The first decides.
         budget_s: Seconds of timing for each model, runtime, batch size and thread count.
+        trust_engine: Load engines that no manifest vouches for; an engine is executable code.
         out: The run directory; ``runs/profile-<time>`` by default.
         events: Told of progress.
 
@@ -77,19 +80,20 @@ def profile(
         raise RecipeError("profile: name at least one model")
     events = events or Silent()
     loaded = api.load_recipe(recipe, data=data) if recipe is not None else None
-    specs = tuple(runtimes) or (loaded.runtimes if loaded else ("onnxruntime:cpu",))
+    for model in models:
+        _require_usable(Path(model), loaded, trust_engine=trust_engine)
+    wanted = profile_engines.runtimes([Path(model) for model in models], runtimes, trust=trust_engine)
+    specs = wanted or (loaded.runtimes if loaded else ("onnxruntime:cpu",))
     measure.require_reference(specs)
     asked = {"runtimes": specs, "batch_sizes": batch_sizes, "threads": threads, "budget_s": budget_s}
     settings = schema.build(Profile, schema.to_json(asked), "profile")
-    for model in models:
-        _require_usable(Path(model), loaded)
     folder = Path(out) if out is not None else _fresh_folder()
     if (folder / "recipe.yaml").exists():
         raise ArtifactError(f"{folder}: holds the run of a recipe, whose report stays; choose another --out")
     with Store.open(folder) as opened:
         found: list[evidence.Entry] = []
         for model in models:
-            found += _Bringer(opened, loaded, specs, events).bring(Path(model))
+            found += _Bringer(opened, loaded, specs, events, trust_engine).bring(Path(model))
         entries = _unique(found)
         images = _images(entries, loaded, data)
         subjects = [
@@ -113,13 +117,16 @@ def profile(
     return api.Run(path=folder, report=report, problems=(*problems, *measured.problems(), *unmeasured))
 
 
-def _require_usable(path: Path, recipe: Recipe | None) -> None:
+def _require_usable(path: Path, recipe: Recipe | None, *, trust_engine: bool) -> None:
     """Check, before anything is written, that ``path`` is something that can be measured.
 
     Raises:
-        ArtifactError: it is missing, or another kind of folder.
+        ArtifactError: it is missing, another kind of folder, or an engine that nothing vouches for.
         RecipeError: it is a checkpoint and nothing says of which architecture.
     """
+    if profile_engines.is_engine(path):
+        profile_engines.require_loadable(path, trust=trust_engine)
+        return
     if path.is_dir() and ((path / "run.json").exists() or (path / "manifest.json").exists()):
         return
     if not path.is_file():
@@ -147,12 +154,17 @@ class _Bringer:
     recipe: Recipe | None
     runtimes: Sequence[str]
     events: Events
+    trust_engine: bool
 
     def bring(self, path: Path) -> list[evidence.Entry]:
         if path.is_dir() and (path / "run.json").exists():
             return list(_of_run(path))
         if path.is_dir() and (path / "manifest.json").exists():
             return [_of_artifact(path, path.name)]
+        if path.suffix in profile_engines.ENDINGS and (path.parent / "manifest.json").exists():
+            return [_of_artifact(path.parent, path.parent.name)]
+        if profile_engines.is_engine(path):
+            return [profile_engines.bring(path, _name(path), trust=self.trust_engine)]
         if path.suffix in CHECKPOINTS and (path.parent / "manifest.json").exists():
             return [_of_artifact(path.parent, path.parent.name)]
         if path.suffix in CHECKPOINTS and self.recipe is not None:

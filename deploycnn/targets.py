@@ -16,11 +16,13 @@ class Target:
         runtimes: Runtime specs (``name`` or ``name:mode``) that may serve it; the first is the reference, and
             where there are several the faster one is named by measurement.
         device: "cpu" or "cuda".
+        engines: Whether models are deployed as engines, which `build_engine` makes.
     """
 
     name: str
     runtimes: tuple[str, ...]
     device: str
+    engines: bool = False
 
 
 TARGETS = {
@@ -30,6 +32,10 @@ TARGETS = {
         Target(name="onnxruntime-cpu", runtimes=("onnxruntime:cpu",), device="cpu"),
         Target(name="openvino", runtimes=("openvino:f32",), device="cpu"),
         Target(name="onnxruntime-cuda", runtimes=("onnxruntime:cuda",), device="cuda"),
+        Target(name="tensorrt", runtimes=("tensorrt:trt", "onnxruntime:cuda"), device="cuda", engines=True),
+        Target(
+            name="tensorrt-rtx", runtimes=("tensorrt:rtx", "onnxruntime:cuda"), device="cuda", engines=True
+        ),
     )
 }
 

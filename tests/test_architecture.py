@@ -27,6 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"errors"},
     "recipes": {"errors"},
     "overrides": {"errors", "schema"},
+    "retarget": {"recipe", "targets"},
+    "profile_engines": {"core", "engines", "errors", "evidence"},
     "recipe": {"core", "errors", "registry", "schema", "targets", "overrides", "data", "runtimes"},
     "plan": {"core", "errors", "registry", "schema", "recipe", "runtimes"},
     "store": {"core", "errors", "files", "schema", "plan", "deploycnn"},

@@ -14,7 +14,9 @@ from deploycnn import __version__
 from deploycnn.errors import DeployCNNError
 
 #: Verbs in the order in which people need them.
-VERBS = ("compress", "export", "profile", "inspect", "lint", "recipes", "passes", "doctor", "completion")
+VERBS = (
+    "compress", "export", "profile", "inspect", "lint", "audit", "recipes", "passes", "doctor", "completion",
+)  # fmt: skip
 
 
 class _Verbs(click.Group):

@@ -14,11 +14,17 @@ from deploycnn.cli.options import output_options, recipe_argument, recipe_option
 @click.option(
     "--variant", "variants", multiple=True, metavar="NAME", help="Which one; may be repeated. [default: all]"
 )
+@click.option(
+    "--target",
+    metavar="NAME",
+    help="Deploy there instead of the recipe's target, e.g. tensorrt-rtx: then engines are built.",
+)
 @recipe_options
 @output_options
 def command(
     recipe: str,
     variants: tuple[str, ...],
+    target: str | None,
     out: Path | None,
     overrides: tuple[str, ...],
     weights: Path | None,
@@ -38,6 +44,7 @@ def command(
         bundles = api.export(
             recipe,
             variants=variants,
+            target=target,
             out=out,
             overrides=overrides,
             data=data,

@@ -25,6 +25,11 @@ from deploycnn.cli.options import output_options
 @click.option(
     "--budget-s", type=float, help="Seconds of timing for each batch size and thread count. [default: 6]"
 )
+@click.option(
+    "--trust-engine",
+    is_flag=True,
+    help="Load engines that no manifest vouches for. An engine is executable code.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory. [default: runs/profile-<time>]")
 @output_options
 def command(
@@ -35,6 +40,7 @@ def command(
     batch_sizes: tuple[int, ...],
     threads: tuple[str, ...],
     budget_s: float | None,
+    trust_engine: bool,
     out: Path | None,
     as_json: bool,
     plain: bool,
@@ -42,8 +48,8 @@ def command(
 ) -> int:
     """Measure MODELS side by side; the first is what the others are compared with.
 
-    A model is an .onnx file, a .pt or .safetensors checkpoint (with --recipe), or a run directory (all of its
-    variants). Accuracy needs images: --data, or the data of --recipe.
+    A model is an .onnx file, a .pt or .safetensors checkpoint (with --recipe), an engine or its folder, or a run
+    directory (all of its variants). Accuracy needs images: --data, or the data of --recipe.
     """
     from deploycnn import profile_models as profiles
     from deploycnn.cli.compress import show
@@ -58,6 +64,7 @@ def command(
             batch_sizes=batch_sizes or (1,),
             threads=tuple(profiles.parse_threads(text) for text in threads) or (1, "all"),
             budget_s=6.0 if budget_s is None else budget_s,
+            trust_engine=trust_engine,
             out=out,
             events=console,
         )

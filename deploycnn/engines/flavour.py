@@ -13,120 +13,32 @@ lean runtime                  yes                      yes                      
 runs on other GPUs            compatibility level      compatibility level         compute capabilities
 ============================  =======================  ==========================  ===============================
 
-``USED`` lists every name of the library that this package uses; a test holds it against the names of each flavour.
+``names.USED`` lists every name of the library that this package uses; a test holds it against those of each flavour.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from deploycnn.engines.log import Log, listening, make_logger
+from deploycnn.engines.names import DISTRIBUTIONS, MODULES, Name
+from deploycnn.engines.tensors import DTYPES, IoTensor, three
 from deploycnn.errors import ArtifactError, RuntimeUnavailable, nearest
 from deploycnn.optional import installed, require
-
-Name = Literal["tensorrt", "tensorrt-rtx"]
-
-#: Modules of each flavour, in order of preference.
-MODULES: Mapping[Name, tuple[str, ...]] = {
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
-}
-
-#: Class -> members that are used of it, in every flavour ("" is the module itself).
-USED: Mapping[str, tuple[str, ...]] = {
-    "ILogger": ("log",),
-    "Builder": ("build_serialized_network", "create_builder_config", "create_network", "create_optimization_profile"),
-    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-    "INetworkDefinition": ("get_input", "get_output", "num_inputs", "num_outputs", "num_layers"),
-    "ITensor": ("dtype", "name", "shape"),
-    "OnnxParser": ("get_error", "num_errors", "parse"),
-    "ParserError": ("code", "desc", "node_name", "node_operator"),
-    "IBuilderConfig": (
-        "add_optimization_profile", "builder_optimization_level", "profiling_verbosity", "progress_monitor",
-        "clear_flag", "set_flag", "set_memory_pool_limit",
-    ),
-    "IOptimizationProfile": ("set_shape",),
-    "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
-    "MemoryPoolType": ("WORKSPACE",),
-    "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),
-    "BuilderFlag": ("REFIT", "SPARSE_WEIGHTS", "STRIP_PLAN", "TF32"),
-    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
-    "ICudaEngine": (
-        "create_engine_inspector", "create_execution_context", "get_tensor_dtype", "get_tensor_mode",
-        "get_tensor_name", "get_tensor_profile_shape", "get_tensor_shape", "num_io_tensors",
-        "num_optimization_profiles", "serialize",
-    ),
-    "EngineInspector": ("execution_context", "get_engine_information"),
-    "LayerInformationFormat": ("JSON",),
-    "TensorIOMode": ("INPUT",),
-    "DataType": ("BF16", "BOOL", "FLOAT", "FP8", "HALF", "INT32", "INT4", "INT64", "INT8", "UINT8"),
-    "Refitter": ("get_missing_weights", "refit_cuda_engine"),
-    "OnnxParserRefitter": ("refit_from_bytes",),
-}  # fmt: skip
-
-#: What only ``tensorrt`` 10 and 11 are asked for.
-USED_TENSORRT: Mapping[str, tuple[str, ...]] = {
-    "BuilderFlag": ("EXCLUDE_LEAN_RUNTIME", "VERSION_COMPATIBLE"),
-    "HardwareCompatibilityLevel": ("AMPERE_PLUS", "NONE", "SAME_COMPUTE_CAPABILITY"),
-    "IBuilderConfig": (
-        "create_timing_cache",
-        "get_timing_cache",
-        "hardware_compatibility_level",
-        "set_timing_cache",
-    ),
-    "ITimingCache": ("serialize",),
-}
-
-#: What only TensorRT-RTX is asked for.
-USED_RTX: Mapping[str, tuple[str, ...]] = {
-    "ComputeCapability": ("CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
-    "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
-    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
-    "ICudaEngine": ("create_runtime_config",),
-    "IRuntimeCache": ("deserialize", "serialize"),
-    "IRuntimeConfig": ("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
-}
-
-#: TensorRT's element types -> NumPy's names (bfloat16 and the like are named as ``ml_dtypes`` does).
-DTYPES: Mapping[str, str] = {
-    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
-    "INT64": "int64", "BOOL": "bool", "FP8": "float8_e4m3fn", "INT4": "int4",
-}  # fmt: skip
-
-#: Shapes of one profile: smallest, the one optimized for, largest.
-ProfileShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IoTensor:
-    """An input or output of an engine.
-
-    Attributes:
-        name: As in the ONNX graph.
-        is_input: Else an output.
-        dtype: NumPy's name of the element type.
-        shape: -1 is a dynamic axis.
-        profiles: For inputs: min, opt and max shape of each optimization profile.
-    """
-
-    name: str
-    is_input: bool
-    dtype: str
-    shape: tuple[int, ...]
-    profiles: tuple[ProfileShapes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Flavour:
-    """An installed TensorRT. ``name`` is that of the target; ``module`` is for what this class does not offer.
+    """An installed TensorRT.
 
     Attributes:
         name: "tensorrt" or "tensorrt-rtx".
-        module: The Python module.
+        module: The Python module, for what this class does not offer.
         version: "11.4.0.106".
     """
 
@@ -236,8 +148,9 @@ class Flavour:
                 "they were built for; leave it out (see compute_capabilities)"
             )
         if hardware != "none":
-            level = getattr(self.module.HardwareCompatibilityLevel, hardware.upper())
-            config.hardware_compatibility_level = level
+            config.hardware_compatibility_level = getattr(
+                self.module.HardwareCompatibilityLevel, hardware.upper()
+            )
         if version:
             config.set_flag(self.flag("VERSION_COMPATIBLE"))
 
@@ -306,7 +219,7 @@ class Flavour:
             name = engine.get_tensor_name(index)
             is_input = engine.get_tensor_mode(name) == self.module.TensorIOMode.INPUT
             profiles = tuple(
-                _three(engine.get_tensor_profile_shape(name, profile))
+                three(engine.get_tensor_profile_shape(name, profile))
                 for profile in range(engine.num_optimization_profiles if is_input else 0)
             )
             tensors.append(
@@ -391,11 +304,6 @@ class Flavour:
             )
 
 
-def _three(shapes: Sequence[Sequence[int]]) -> ProfileShapes:
-    smallest, best, largest = (tuple(int(axis) for axis in shape) for shape in shapes)
-    return smallest, best, largest
-
-
 def _as_version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
@@ -420,3 +328,25 @@ def find(name: Name) -> Flavour:
             f'tensorrt {version} is too old; strongly typed networks need 10 or newer: pip install "tensorrt>=10"'
         )
     return Flavour(name=name, module=module, version=version)
+
+
+def is_installed(name: Name) -> bool:
+    """Whether one of its modules can be found; nothing is loaded."""
+    return any(installed(module) for module in MODULES[name])
+
+
+def version_of(name: Name) -> str:
+    """Version of an installed TensorRT, from its distribution's metadata: the library is not loaded.
+
+    Raises:
+        RuntimeUnavailable: none is installed.
+    """
+    for distribution in DISTRIBUTIONS[name]:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise RuntimeUnavailable(f'{name} is not installed; pip install "deploycnn[{name}]"')
+
+
+__all__ = ["MODULES", "Flavour", "IoTensor", "Name", "find", "is_installed", "version_of"]

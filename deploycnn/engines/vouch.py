@@ -73,6 +73,28 @@ def read_record(path: Path, *, trust: bool = False) -> EngineRecord | None:
     return EngineRecord.from_json(record, str(manifest))
 
 
+def check_companion(path: Path) -> None:
+    """Check a file beside an engine against the manifest, where there is one.
+
+    Raises:
+        ArtifactError: the manifest does not list it, or it has changed.
+    """
+    for manifest in (path.with_name("manifest.json"), path.with_name("deploy.json")):
+        if not manifest.is_file():
+            continue
+        listed = _read(manifest).get("files", {})
+        stated = listed.get(path.name)
+        if isinstance(stated, Mapping):
+            stated = stated.get("sha256")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != stated:
+                raise ArtifactError(
+                    f"{path}: changed since it was made (its sha256 is not that of {manifest.name}); "
+                    "build or copy it again"
+                )
+        return
+
+
 def _manifest(path: Path) -> tuple[Path, Any, Any] | None:
     """The file that vouches for the engine, the sha256 that it states, and its record."""
     artifact, bundle = path.with_name("manifest.json"), path.with_name("deploy.json")

@@ -22,12 +22,14 @@ from deploycnn.graph.model import (
     check_onnx,
     infer_shapes,
     initializers,
+    is_quantized,
     names_used,
     opset_of,
     subgraphs,
     value_types,
 )
 from deploycnn.graph.names import name_nodes, rename_in_node, unique
+from deploycnn.graph.opset import raise_opset
 
 #: Largest finite FP16 number.
 HALF_MAX = 65504.0
@@ -35,6 +37,13 @@ HALF_MAX = 65504.0
 #: Rounding to normal FP16 numbers loses at most 2^-11 of each value. More than twice that, in norm, means
 #: that the tensor lives among the subnormal numbers (below 6.1e-5) or vanishes altogether.
 MAX_RELATIVE_ERROR = 2.0**-10
+
+
+#: Operator -> position of an input whose every element must survive.
+_DIVISORS = {"BatchNormalization": 4, "QuantizeLinear": 1, "DequantizeLinear": 1}
+
+#: From here on QuantizeLinear and DequantizeLinear take FP16.
+_QDQ_OPSET = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +79,7 @@ def convert_fp16(
     Raises:
         PassRequirementError: the model does not make a valid FP16 graph.
     """
-    source = simplify(model)
+    source = simplify(raise_opset(model, _QDQ_OPSET) if is_quantized(model) else model)
     name_nodes(source)
     kept = _nodes_to_keep(source, keep_ops, peaks or {})
     rewriter = _Rewriter(source, kept)
@@ -151,8 +160,8 @@ def _constant_reason(node: NodeProto, constants: Mapping[str, TensorProto]) -> s
         # A bound beyond FP16 clips nothing there, so it may saturate.
         if node.op_type != "Clip" and overflows(content):
             return f'constant "{name}" overflows FP16 (largest magnitude {np.abs(content).max():.3g})'
-        # A running variance is divided by, so each element matters by itself.
-        elementwise = node.op_type == "BatchNormalization" and position == 4
+        # A running variance and the scales of integers are divided by, so each element matters by itself.
+        elementwise = position == _DIVISORS.get(node.op_type)
         if vanishes(content, elementwise=elementwise):
             return f'constant "{name}" is too small for FP16 (largest magnitude {np.abs(content).max():.3g})'
     return ""

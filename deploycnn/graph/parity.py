@@ -69,7 +69,7 @@ class Parity:
     batch_sizes: tuple[int, ...]
     images: int
     source: str
-    reference: Literal["pytorch", "fp32 onnx"]
+    reference: Literal["pytorch", "fp32 onnx", "int8 onnx"]
     evaluator: str = field(default="onnxruntime")
 
     def to_json(self) -> Json:
@@ -115,7 +115,7 @@ def measure_parity(
     batch_sizes: Sequence[int],
     tolerance: Tolerance | None,
     source: str,
-    against: Literal["pytorch", "fp32 onnx"],
+    against: Literal["pytorch", "fp32 onnx", "int8 onnx"],
 ) -> Parity:
     """Compare two evaluations on the same images, at each batch size over all of them.
 

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
+#: Behind INT8 the tolerance is so many times wider: a value on the edge of two integers may round to the other one.
+_FLIPS = 5.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fp16(Pass):
-    """Cast weights and activations to FP16, keeping graph inputs and outputs FP32.
+    """Cast weights and activations to FP16, keeping graph inputs and outputs FP32; behind int8, what is left float.
 
     Parity is measured by onnxruntime's CPU provider, which stores halves but computes some of them in FP32;
     so overflow is not left to it but looked for in the FP32 activations of training images.
@@ -24,7 +28,8 @@ class Fp16(Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
+    version: ClassVar[int] = 2
+    takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32", "int8")
     gives_precision: ClassVar[str | None] = "fp16"
 
     keep_fp32_ops: Annotated[tuple[str, ...], "Operator types, or names of nodes, to leave in FP32."] = ()
@@ -34,15 +39,17 @@ class Fp16(Pass):
         "Training images on which activations are checked for FP16's range; 0 checks weights only.",
     ] = 32
     relative_tolerance: Annotated[
-        float, Gt(0), "Largest error of an output as a share of the image's largest output."
+        float,
+        Gt(0),
+        "Largest error of an output as a share of the image's largest output; behind int8 five times that.",
     ] = 0.02
     parity_images: Annotated[int, Ge(1), "Images on which the graph is compared with its FP32 version."] = 16
 
     def requires(self, source: Artifact) -> None:
-        """Refuse what is not FP32."""
-        if source.facts.precision != "fp32":
+        """Refuse what is neither FP32 nor INT8 among FP32."""
+        if source.facts.precision not in ("fp32", "int8"):
             raise PassRequirementError(
-                f"fp16: the model is already {source.facts.precision}; put fp16 directly behind export"
+                f"fp16: the model is already {source.facts.precision}; put fp16 directly behind export or int8"
             )
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
@@ -58,17 +65,15 @@ class Fp16(Pass):
         from deploycnn.graph.model import is_quantized, load_onnx, runtime_inputs, save_onnx, tensor_specs
         from deploycnn.graph.names import name_nodes
         from deploycnn.graph.observe import image_input
+        from deploycnn.graph.opset import raise_opset
         from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
         from deploycnn.graph.probe import parity_images
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "fp16")
         original = load_onnx(source.path)
-        if is_quantized(original):
-            raise PassRequirementError(
-                f"fp16: {source.path.name} is already quantized; give the float32 model"
-            )
-        full = simplify(original)
+        quantized = is_quantized(original)
+        full = simplify(raise_opset(original, 19) if quantized else original)
         name_nodes(full)
         _, (batch, *shape) = image_input(full)
         ctx.progress(0, 2, "looking for values beyond FP16's range")
@@ -91,13 +96,15 @@ class Fp16(Pass):
             ctx.data, (channels, height, width), self.parity_images, ctx.seed
         )
         parity = measure_parity(
-            evaluator(source.path, threads=ctx.threads),
-            evaluator(path, threads=ctx.threads),
+            evaluator(source.path, threads=ctx.threads, integers=False),
+            evaluator(path, threads=ctx.threads, integers=False),
             images if batch is None else images[: len(images) // batch * batch],
             batch_sizes=(1, 5) if batch is None else (batch,),
-            tolerance=Tolerance(absolute=1e-3, relative=self.relative_tolerance),
+            tolerance=Tolerance(
+                absolute=1e-3, relative=self.relative_tolerance * (_FLIPS if quantized else 1)
+            ),
             source=images_source,
-            against="fp32 onnx",
+            against="int8 onnx" if quantized else "fp32 onnx",
         )
         parity.check("fp16: the FP16 graph")
         ctx.progress(2, 2, "converted")
@@ -108,7 +115,7 @@ class Fp16(Pass):
             facts=replace(
                 source.facts,
                 size_bytes=size,
-                precision="fp16",
+                precision="int8_fp16" if quantized else "fp16",
                 record={
                     "parity": parity.to_json(),
                     "fp16": {**record.to_json(), "activations_checked": bool(peaks)},

@@ -77,6 +77,10 @@ class Int8(Pass):
         "7-bit weights; by default only where this x86 CPU's 8-bit arithmetic saturates (no VNNI).",
     ] = None
     exclude: Annotated[tuple[str, ...], "Names of nodes to leave in float."] = ()
+    rules: Annotated[
+        Literal["target", "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"],
+        "Whose placement rules; target: those of the recipe's target.",
+    ] = "target"
 
     def extra_identity(self) -> Json:
         """Whether weights are 7-bit depends on the machine unless the recipe says it."""
@@ -109,7 +113,7 @@ class Int8(Pass):
         record = Job(
             source=source.path,
             output=path,
-            pack=self._pack(ctx.target),
+            pack=self._pack(ctx.target if self.rules == "target" else self.rules),
             options=self._options(),
             data=ctx.data,
             calibration_images=self.calibration_images,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploycnn import engines
-from deploycnn.engines import flavour
+from deploycnn.engines import names
 
 NAMES = Path(__file__).parent / "names"
 TENSORRT = ("tensorrt-10.16.1.11", "tensorrt-11.4.0.106")
@@ -37,17 +37,17 @@ def missing(used: dict[str, tuple[str, ...]], known: dict[str, set[str]]) -> lis
 
 @pytest.mark.parametrize("version", [*TENSORRT, RTX])
 def test_what_all_flavours_are_asked_for_exists(version: str) -> None:
-    assert not missing(dict(flavour.USED), names_of(version))
+    assert not missing(dict(names.USED), names_of(version))
 
 
 @pytest.mark.parametrize("version", TENSORRT)
 def test_what_tensorrt_is_asked_for_exists(version: str) -> None:
-    assert not missing(dict(flavour.USED_TENSORRT), names_of(version))
+    assert not missing(dict(names.USED_TENSORRT), names_of(version))
 
 
 def test_what_rtx_is_asked_for_exists_and_only_there() -> None:
-    assert not missing(dict(flavour.USED_RTX), names_of(RTX))
-    gone = missing(dict(flavour.USED_RTX), names_of(TENSORRT[1]))
+    assert not missing(dict(names.USED_RTX), names_of(RTX))
+    gone = missing(dict(names.USED_RTX), names_of(TENSORRT[1]))
     assert "IBuilderConfig.set_compute_capability" in gone
     assert "IRuntimeConfig.set_runtime_cache" in gone
 
@@ -69,7 +69,7 @@ def test_no_name_is_used_that_is_not_listed() -> None:
     """Attributes in the source that are TensorRT's by name stand in ``USED`` (or are also our own or Python's)."""
     listed = {
         member
-        for used in (flavour.USED, flavour.USED_TENSORRT, flavour.USED_RTX)
+        for used in (names.USED, names.USED_TENSORRT, names.USED_RTX)
         for name, members in used.items()
         for member in (name, *members)
     }
@@ -90,7 +90,7 @@ def test_removed_flags_are_not_used() -> None:
     before, now = (names_of(version)["BuilderFlag"] for version in TENSORRT)
     removed = before - now
     assert {"FP16", "INT8", "BF16", "OBEY_PRECISION_CONSTRAINTS"} <= removed
-    assert not removed & {member for members in flavour.USED.values() for member in members} - {
+    assert not removed & {member for members in names.USED.values() for member in members} - {
         "BF16",  # of DataType
         "FP8",
         "INT4",

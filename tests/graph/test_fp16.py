@@ -194,3 +194,49 @@ def test_any_mix_of_half_and_float_nodes_computes_the_same(model: ModelProto, ke
     assert [value.name for value in half.graph.output] == [value.name for value in model.graph.output]
     assert record.casts == operators(half).count("Cast")
     assert close(model, half, shape=(4, 6, 6))
+
+
+def quantized_conv(scale: float, value: np.ndarray) -> ModelProto:
+    """x -> Q/DQ -> Conv with int8 weights of ``scale`` per channel -> Relu -> y."""
+    channels = value.shape[0]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="dq"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"], name="w_dq", axis=0),
+        conv("d", "c", "wf"),
+        helper.make_node("Relu", ["c"], ["y"], name="relu"),
+    ]
+    weights: Weights = {
+        "s": np.float32(0.02),
+        "z": np.int8(0),
+        "w": value,
+        "ws": np.full(channels, scale, np.float32),
+        "wz": np.zeros(channels, np.int8),
+    }
+    return graph(nodes, weights)
+
+
+def test_a_quantized_graph_keeps_its_integers_and_raises_its_opset() -> None:
+    value = RNG.integers(-127, 128, (3, 3, 3, 3)).astype(np.int8)
+    model = quantized_conv(0.01, value)
+    half, record = convert_fp16(model)
+    assert not record.kept
+    assert half.opset_import[0].version >= 19
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in half.graph.initializer}
+    assert any(np.array_equal(value, tensor) for tensor in stored.values() if tensor.dtype == np.int8)
+    assert {tensor.dtype for tensor in stored.values()} == {np.dtype(np.int8), np.dtype(np.float16)}
+    x = images(2, (3, 8, 8))
+    expected, found = evaluator(model, integers=False)(x)[0], evaluator(half, integers=False)(x)[0]
+    assert found.dtype == np.float32
+    # Inputs on the edge of two integers may round to the other one: one step of 0.02 in some of 27 products.
+    assert np.abs(found - expected).max() <= 0.02 * 0.01 * 127 * 2 + 0.01 * np.abs(expected).max()
+
+
+def test_scales_that_fp16_cannot_hold_stay_float32() -> None:
+    """Below 6e-5 FP16 has few digits left: the integers would mean other numbers."""
+    model = quantized_conv(1.03e-7, RNG.integers(-127, 128, (3, 3, 3, 3)).astype(np.int8))
+    half, record = convert_fp16(model)
+    assert list(record.kept) == ["w_dq"]
+    assert "too small for FP16" in record.kept["w_dq"]
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in half.graph.initializer}
+    assert np.array_equal(stored["ws"], np.full(3, 1.03e-7, np.float32))

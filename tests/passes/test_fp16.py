@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from deploycnn.core import Artifact, Facts
@@ -87,9 +87,9 @@ def test_a_graph_that_computes_something_else_is_refused(exported: Artifact, tmp
 
 
 def test_only_fp32_models_with_something_to_convert_are_taken(exported: Artifact, tmp_path) -> None:
-    int8 = dataclasses.replace(exported, facts=dataclasses.replace(exported.facts, precision="int8"))
-    with pytest.raises(PassRequirementError, match="already int8"):
-        Fp16().requires(int8)
+    half = dataclasses.replace(exported, facts=dataclasses.replace(exported.facts, precision="fp16"))
+    with pytest.raises(PassRequirementError, match="already fp16"):
+        Fp16().requires(half)
     Fp16().requires(exported)
     with pytest.raises(PassRequirementError, match="nothing can be converted"):
         Fp16(keep_fp32_ops=tuple(set(operators(load_onnx(exported.path))))).run(
@@ -110,3 +110,30 @@ def test_a_static_batch_is_run_at_its_own_size(tmp_path) -> None:
     record = Fp16().run(source, context(tmp_path / "fp16", pictures())).facts.record
     assert record["parity"]["batch_sizes"] == [2]
     assert record["parity"]["top1_agreement"] is None
+
+
+def test_behind_int8_the_rest_becomes_half(exported: Artifact, tmp_path) -> None:
+    """The integers stay as they are, the types at the edges too, and each constant is stored once."""
+    from deploycnn.passes.int8 import Int8
+
+    ctx = context(tmp_path / "int8", pictures(), target="tensorrt")
+    int8 = minted(Int8(calibration_images=8).run(exported, ctx), ctx)
+    ctx = context(tmp_path / "half", pictures())
+    draft = Fp16().run(int8, ctx)
+    assert draft.facts.precision == "int8_fp16"
+    assert draft.facts.record["parity"]["reference"] == "int8 onnx"
+    before, after = load_onnx(int8.path), load_onnx(ctx.output / "model.onnx")
+    assert [item.dtype for item in (*draft.inputs, *draft.outputs)] == ["float32", "float32"]
+    for operator in ("QuantizeLinear", "DequantizeLinear"):
+        assert operators(after).count(operator) == operators(before).count(operator) > 0
+    assert integers(after) == integers(before)
+    types = [tensor.data_type for tensor in after.graph.initializer]
+    assert TensorProto.FLOAT16 in types
+    assert TensorProto.FLOAT not in types
+    assert draft.facts.size_bytes < int8.path.stat().st_size * 1.2
+
+
+def integers(model) -> list[bytes]:
+    """Contents of all int8 constants that are no zero points."""
+    found = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8]
+    return sorted(numpy_helper.to_array(tensor).tobytes() for tensor in found if len(tensor.dims) > 1)

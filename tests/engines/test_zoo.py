@@ -1,0 +1,83 @@
+"""Engines of the zoo's models in every precision, by the commands that users give.
+
+LeNet-5 stands for the rest by default; all others are built where slow tests run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deploycnn
+from deploycnn import recipes
+from deploycnn.api import dry_run
+from deploycnn.engines.auditing import audit_engine
+from deploycnn.models.zoo import BUILDERS, INPUT_SIZE
+
+INT8 = {"int8": {"calibration_images": 8}}
+#: Random weights make logits so even that halves move them far.
+HALF = {"fp16": {"relative_tolerance": 1.0}}
+VARIANTS: dict[str, list[Any]] = {
+    "fp32": ["export"],
+    "fp16": ["export", HALF],
+    "int8": ["export", INT8],
+    "int8_fp16": ["export", INT8, HALF],
+}
+#: Precision of the variant's layers that INT8 leaves out.
+REST = {"int8": "fp32", "int8_fp16": "fp16"}
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize(
+    "net",
+    [net if net == "lenet5" else pytest.param(net, marks=pytest.mark.slow) for net in BUILDERS],
+)
+def test_every_precision_of_a_zoo_model_becomes_the_engine_that_it_asks_for(net: str, tmp_path: Path) -> None:
+    recipe = {
+        "name": net,
+        "source": {"zoo": net},
+        "data": "digits",
+        "preprocessing": {"size": INPUT_SIZE},
+        "target": "tensorrt",
+        "variants": VARIANTS,
+    }
+    bundles = deploycnn.export(recipe, target="tensorrt-rtx", out=tmp_path)
+    sizes = {}
+    for name, folder in bundles.items():
+        audited = audit_engine(folder)
+        sizes[name] = (folder / "model.engine").stat().st_size
+        assert audited.record is not None
+        assert not audited.audit.unmatched, name
+        assert audited.audit.as_asked > 0.99, name
+        shares = audited.audit.shares
+        if name in REST:
+            assert shares["int8"] > 0.4
+            assert set(shares) <= {"int8", REST[name]}
+        else:
+            assert shares == {name: pytest.approx(1.0)}
+    assert sizes["fp16"] < sizes["fp32"]
+    assert {path.name for path in bundles["int8"].iterdir()} == {"model.engine", "layers.json", "deploy.json"}
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.shipped() if name.startswith("tensorrt-")])
+def test_recipes_for_gpus_are_planned_without_one(name: str, tmp_path: Path, images: Path) -> None:
+    rows = dry_run(name, out=tmp_path / "run", data=images)
+    last = {row.variant: row.step for row in rows}
+    assert set(last.values()) == {"build_engine"}
+    assert {"fp32", "fp16", "int8"} <= set(last)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """An image folder of two classes."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label in ("ant", "bee"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / f"{index}.png")
+    return tmp_path / "images"
