@@ -36,6 +36,7 @@ from deploycnn.quantization.channels import channel_groups
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.equalization import equalize, rescale
 from deploycnn.quantization.judge import Judge, Judgement, Labelled, val_batches
+from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.static import prepare
 
 PREPROCESSING = {
@@ -57,6 +58,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--val", type=int, default=2000, help="validation images that choose")
     parser.add_argument("--stress", action="store_true", help="also after rescaling all channels")
+    parser.add_argument(
+        "--seven-bit-weights",
+        action="store_true",
+        help="and this CPU's integer kernels, for CPUs without VNNI",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON lines; also on standard output")
     given = parser.parse_args()
@@ -67,14 +73,18 @@ def main() -> None:
     held = [batch.images for batch in batches(train, data.preprocessing, 64, indices=indices)]
     for name, _, path in (entry.partition("=") for entry in given.models):
         model = prepare(load_onnx(Path(path)))
-        val = Judge(model, val_batches(data, given.val, 0), threads=given.threads, integers=False)
-        test = Judge(model, _test(data), threads=given.threads, integers=False)
+        val = Judge(
+            model, val_batches(data, given.val, 0), threads=given.threads, integers=given.seven_bit_weights
+        )
+        test = Judge(model, _test(data), threads=given.threads, integers=given.seven_bit_weights)
         shapes = {"plain": model}
         if given.stress:
             shapes["stressed"] = stressed(model)
         for target in given.targets:
             for shape, start in shapes.items():
-                for row in study(start, target, held, val, test, given.threads):
+                pack = packs.get(target)
+                pack = replace(pack, weight=replace(pack.weight, reduced=given.seven_bit_weights))
+                for row in study(start, pack, held, val, test, given.threads):
                     line = json.dumps(
                         {"model": name, "target": target, "shape": shape, "fp32_top1": test.top1, **row}
                     )
@@ -94,11 +104,11 @@ def stressed(model: ModelProto, seed: int = 0) -> ModelProto:
 
 
 def study(
-    model: ModelProto, target: str, held: list[np.ndarray], val: Judge, test: Judge, threads: int
+    model: ModelProto, pack: RulePack, held: list[np.ndarray], val: Judge, test: Judge, threads: int
 ) -> Iterator[dict[str, object]]:
     """MinMax, and the best of all candidates by val; both proven on test."""
     began = time.perf_counter()
-    engine = Engine(packs.get(target), lambda: held, threads=threads)
+    engine = Engine(pack, lambda: held, threads=threads)
     plain = Candidate(model=model, calibrator="minmax")
     tried: dict[str, tuple[Candidate, Judgement]] = {}
 
