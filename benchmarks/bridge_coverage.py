@@ -47,6 +47,12 @@ TIMM = (
 )  # fmt: skip
 
 
+#: Image sizes that the exporters or the nets ask for; the rest are tried at 96.
+_SIZES = {"inception_v3": 128, "alexnet": 224} | dict.fromkeys(
+    (f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")), 224
+)
+
+
 def torchvision_names() -> list[str]:
     """Names of torchvision's convolutional classifiers."""
     import torchvision
@@ -69,16 +75,15 @@ def build(name: str) -> tuple[nn.Module, int]:
     import torchvision
 
     options = {"init_weights": False} if name in {"inception_v3", "googlenet"} else {}
-    return torchvision.models.get_model(
-        name, weights=None, **options
-    ).eval(), 128 if "inception" in name else 96
+    return torchvision.models.get_model(name, weights=None, **options).eval(), _SIZES.get(name, 96)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters talk a lot."""
     logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
     logging.disable(logging.NOTSET)
@@ -93,7 +98,7 @@ def export(model: nn.Module, size: int, exporter: str) -> onnx.ModelProto:
         (torch.zeros(2, 3, size, size),),
         buffer,
         dynamo=False,
-        opset_version=13,
+        opset_version=14,
         input_names=["images"],
         output_names=["logits"],
         dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},

@@ -42,6 +42,7 @@ class Bridge:
         Raises:
             PassRequirementError: a tensor no longer has the original's shape, or two layers that shared one
                 hold different values.
+            TrainingError: a learned scale is not a positive number.
         """
         return write(self.original, self.slots, self.module)
 

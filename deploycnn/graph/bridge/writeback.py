@@ -9,7 +9,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
-from deploycnn.errors import PassRequirementError
+from deploycnn.errors import PassRequirementError, TrainingError
 from deploycnn.graph.bridge.builder import Slot, digest
 from deploycnn.graph.bridge.fake_quant import BiasQuantize, FakeQuantize
 from deploycnn.graph.bridge.values import Array
@@ -24,6 +24,11 @@ def write(original: ModelProto, slots: Sequence[Slot], module: fx.GraphModule) -
         tensor = _tensor(module, slot.path)
         if _untouched(slot, tensor, module):
             continue
+        if slot.path.endswith(".scale") and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+            raise TrainingError(
+                f"write_back: {slot.path} was trained to {float(tensor.min()):.3g}, and scales are positive; "
+                "lower the learning rate or keep scales fixed"
+            )
         array = _array(tensor) if slot.quantizer is None else _integers(slot, tensor, module)
         store.put(slot.origin, slot.undo(array), slot.path)
     return model

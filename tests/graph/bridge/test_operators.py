@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -481,3 +482,31 @@ def test_a_fixed_batch_becomes_free() -> None:
     free = model_of(nodes, weights, inputs={"x": ["N", 3, 5, 5]})
     x = noise(4, 3, 5, 5)
     np.testing.assert_allclose(by_torch(fixed, x)[0], run(free, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_left_on_another_device() -> None:
+    """Shapes are computed without tensors, and constants follow the module: on the meta device a mix would fail."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+        helper.make_node("Gather", ["c", "shuffle"], ["g"], axis=1),
+        helper.make_node("Mul", ["g", "gamma"], ["m"]),
+        helper.make_node("Shape", ["m"], ["s"]),
+        helper.make_node("Gather", ["s", "one"], ["channels"], axis=0),
+        helper.make_node("Cast", ["channels"], ["f"], to=1),
+        helper.make_node("Div", ["m", "f"], ["d"]),
+        helper.make_node("Pad", ["d", "pads"], ["p"], mode="reflect"),
+        helper.make_node("Resize", ["p", "", "scales"], ["r"], mode="cubic"),
+        helper.make_node("Slice", ["r", "last", "first", "axis", "back"], ["f1"]),
+        helper.make_node("Where", ["condition", "f1", "zero"], ["y"]),
+    ]
+    weights: dict[str, Array] = {
+        "w": noise(4, 3, 1, 1), "shuffle": np.int64([2, 0, 3, 1]), "gamma": noise(4, 1, 1), "one": np.int64(1),
+        "pads": np.int64([0, 0, 1, 1, 0, 0, 1, 1]), "scales": np.float32([1, 1, 1.5, 2.5]), "last": np.int64([-1]),
+        "first": np.int64([-100]), "axis": np.int64([3]), "back": np.int64([-1]), "zero": np.float32(0),
+        "condition": np.array([True, False, True, True]).reshape(4, 1, 1),
+    }  # fmt: skip
+    model = model_of(nodes, weights, inputs={"x": ["N", 3, 6, 6]})
+    bridge = check(model, noise(2, 3, 6, 6))
+    found = bridge.module.to("meta")(torch.empty(5, 3, 6, 6, device="meta"))
+    assert found.shape == (5, *run(model, noise(2, 3, 6, 6))[0].shape[1:])
+    assert found.device.type == "meta"

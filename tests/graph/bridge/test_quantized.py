@@ -9,6 +9,7 @@ import torch
 from onnx import ModelProto, helper, numpy_helper
 from torch import nn
 
+from deploycnn.errors import TrainingError
 from deploycnn.graph.bridge import FakeQuantize, to_torch
 from deploycnn.graph.bridge.fake_quant import BiasQuantize, QuantizedConv2d, QuantizedLinear
 from tests.graph.bridge.support import by_torch, convnet, model_of, noise, quantized, run
@@ -96,6 +97,15 @@ def test_what_was_trained_is_what_onnxruntime_runs(int8: ModelProto, learn: bool
     assert within_one_step(written, found, run(int8, x)[0]) < 0.9
     # The written file is the trained module: imported again, it computes the same.
     np.testing.assert_allclose(by_torch(to_torch(written), x)[0], found, atol=output_step(written) * 0.01)
+
+
+def test_a_scale_that_is_no_scale_is_not_written(int8: ModelProto) -> None:
+    bridge = to_torch(int8)
+    bridge.learn_scales()
+    with torch.no_grad():
+        next(iter(bridge.quantizers().values())).scale.neg_()
+    with pytest.raises(TrainingError, match=r"scale was trained to -.*, and scales are positive"):
+        bridge.write_back()
 
 
 def test_the_gradient_reaches_every_weight(int8: ModelProto) -> None:
