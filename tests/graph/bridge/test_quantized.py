@@ -72,7 +72,11 @@ def test_what_was_trained_is_what_onnxruntime_runs(int8: ModelProto, learn: bool
         bridge.learn_scales()
     module = bridge.module.train()
     images, labels = torch.from_numpy(noise(64, 3, 12, 12)), torch.arange(64) % 5
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    scales = [p for name, p in module.named_parameters() if name.endswith("scale")]
+    others = [p for name, p in module.named_parameters() if not name.endswith("scale")]
+    # Scales are small numbers; a step that suits weights would take them below zero.
+    groups = [{"params": others, "lr": 0.05}, *([{"params": scales, "lr": 1e-4}] if scales else [])]
+    optimizer = torch.optim.SGD(groups)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
