@@ -76,7 +76,8 @@ def count_fused(path: Path) -> FusedCounts:
         stray=operators["QuantizeLinear"] + operators["DequantizeLinear"],
         float_compute=sum(operators[name] for name in FLOAT_COMPUTE),
         by_operator=dict(sorted(operators.items())),
-        layers={name: _is_integer(found[name]) for name in _layers(path) if name in found},
+        # Integer kernels keep the name of what they were made of; a float one may take that of its fused activation.
+        layers={name: _is_integer(found.get(name, "")) for name in _layers(path)},
     )
 
 

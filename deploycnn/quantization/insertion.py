@@ -20,7 +20,7 @@ from deploycnn.graph.model import attribute, infer_shapes, sort_nodes
 from deploycnn.graph.names import unique
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.placement import output_axis
-from deploycnn.quantization.structure import Structure
+from deploycnn.quantization.structure import ANY, Structure
 from deploycnn.quantization.types import (
     ActivationPlan,
     IntegerWeight,
@@ -85,19 +85,17 @@ def ranges_needed(plan: Plan) -> tuple[str, ...]:
 def activation_parameters(model: ModelProto, plan: Plan, ranges: Ranges) -> dict[str, tuple[np.float32, int]]:
     """Scale and zero point of each planned value.
 
-    A value that a ReLU or clip makes has no range beyond its bounds; tied values share the hull of theirs.
+    No range goes beyond what a value can be (behind a ReLU, a clip, a sigmoid); tied values share the hull of theirs.
 
     Raises:
         PassRequirementError: a range is missing or not finite.
     """
-    graph = Structure(model)
+    possible = Structure(model).possible()
     hulls: dict[str, Range] = {}
     for item in plan.activations:
         low, high = _bounds(item, ranges)
-        maker = graph.made_by.get(item.value)
-        clip = graph.clip_bounds(maker) if maker is not None else None
-        if clip is not None:
-            low, high = max(low, min(clip[0], 0.0)), min(high, max(clip[1], 0.0))
+        least, most = possible.get(item.value, ANY)
+        low, high = max(low, least), min(high, most)
         group = item.tied or item.value
         held = hulls.get(group, (0.0, 0.0))
         hulls[group] = min(held[0], low), max(held[1], high)

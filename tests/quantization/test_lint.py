@@ -1,0 +1,237 @@
+"""Planted faults, and files of other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+import deploycnn
+from deploycnn.cli import main
+from deploycnn.cli.lint import command
+from deploycnn.errors import ArtifactError, PassRequirementError, RecipeError
+from deploycnn.graph.model import save_onnx, sort_nodes
+from deploycnn.quantization import packs
+from deploycnn.quantization.isa import Isa
+from deploycnn.quantization.lint import lint_graph
+from deploycnn.quantization.lint_rules import RULES
+from deploycnn.quantization.packs import RulePack
+from tests.quantization.test_insertion import quantized
+from tests.quantization.test_placement import inception, residual, silu, squeeze
+
+CPU = packs.get("onnxruntime-cpu")
+TENSORRT = packs.get("tensorrt")
+
+
+def rules(model: ModelProto, pack: RulePack) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for finding in lint_graph(model, pack):
+        found.setdefault(finding.rule, []).append(finding.node)
+    return found
+
+
+@pytest.mark.parametrize("target", [name for name in packs.PACKS if name != "tensorrt-rtx"])
+@pytest.mark.parametrize("make", [residual, silu, squeeze, inception])
+def test_our_own_placement_is_clean(make: Callable[[], ModelProto], target: str) -> None:
+    pack = packs.get(target)
+    assert rules(quantized(make(), pack), pack) == {}
+
+
+def named(model: ModelProto, name: str) -> NodeProto:
+    return next(node for node in model.graph.node if node.name == name)
+
+
+def change(model: ModelProto, name: str, to: Callable[[np.ndarray], np.ndarray]) -> None:
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(to(numpy_helper.to_array(tensor)), name))
+
+
+def bypass(model: ModelProto, value: str, reader: str) -> None:
+    """Let one reader of a rounded value read it in float."""
+    node = named(model, reader)
+    for position, name in enumerate(node.input):
+        if name == f"{value}_DequantizeLinear_Output":
+            node.input[position] = value
+
+
+def round_edge(model: ModelProto, value: str, reader: str, like: str) -> None:
+    """Put a Q/DQ pair of its own, with the numbers of another, in front of one reader."""
+    numbers = list(named(model, f"{like}_QuantizeLinear").input[1:])
+    model.graph.node.extend(
+        [
+            helper.make_node("QuantizeLinear", [value, *numbers], [f"{value}_q"], name=f"{value}_extra_q"),
+            helper.make_node(
+                "DequantizeLinear", [f"{value}_q", *numbers], [f"{value}_dq"], name=f"{value}_extra"
+            ),
+        ]
+    )
+    node = named(model, reader)
+    for position, name in enumerate(node.input):
+        if name in {value, f"{value}_DequantizeLinear_Output"}:
+            node.input[position] = f"{value}_dq"
+    sort_nodes(model)
+
+
+def test_planted_faults_in_numbers() -> None:
+    made = quantized(residual(), CPU)
+    change(made, "a.w_zero_point", lambda array: array + 1)
+    change(made, "b.w_scale", lambda array: array * np.float32(0))
+    assert rules(made, CPU) == {"QDQ005": ["a"], "QDQ008": ["b.w_DequantizeLinear"]}
+    symmetric = replace(CPU, activation=TENSORRT.activation)
+    assert set(rules(quantized(residual(), symmetric), CPU)) == {"QDQ002", "QDQ105"}
+    assert rules(quantized(residual(), replace(CPU, per_channel=False)), CPU) == {
+        "QDQ006": ["stem", "a", "b", "y"]
+    }
+    saturating = packs.get("cpu", Isa(name="x86 without VNNI", saturates=True))
+    assert rules(quantized(residual(), CPU), saturating) == {"QDQ007": ["stem", "a", "b", "y"]}
+    assert rules(quantized(residual(), saturating), saturating) == {}
+
+
+def test_a_missing_pair_behind_a_layer() -> None:
+    made = quantized(residual(), CPU)
+    bypass(made, "r", "sum")
+    assert rules(made, CPU) == {"QDQ104": ["stem"]}
+
+
+def test_a_half_quantized_layer() -> None:
+    made = quantized(residual(), TENSORRT)
+    bypass(made, "ar", "b")
+    assert rules(made, TENSORRT) == {"QDQ101": ["b"]}
+
+
+def test_a_layer_left_in_float_is_a_note() -> None:
+    made = quantized(residual(), replace(TENSORRT, min_product=1))
+    bypass(made, "ar", "b")
+    weight = numpy_helper.from_array(np.float32(np.ones((16, 16, 3, 3))), "b.float")
+    made.graph.initializer.append(weight)
+    named(made, "b").input[1] = "b.float"
+    # The addition has no integer convolution left to be fused into.
+    assert rules(made, TENSORRT) == {"QDQ107": ["sum"], "QDQ102": ["b"]}
+    assert {item.rule: item.severity for item in lint_graph(made, TENSORRT)}["QDQ102"] == "note"
+
+
+def test_the_conv_branch_of_an_addition() -> None:
+    made = quantized(residual(), TENSORRT)
+    round_edge(made, "b", "sum", like="r")
+    assert rules(made, TENSORRT) == {"QDQ107": ["sum"]}
+    made = quantized(residual(), TENSORRT)
+    bypass(made, "r", "sum")
+    found = rules(made, TENSORRT)
+    assert found in ({"QDQ107": ["sum"]}, {})
+
+
+def test_pairs_inside_activations_and_gates() -> None:
+    made = quantized(silu(), TENSORRT)
+    round_edge(made, "c", "m", like="m")
+    assert rules(made, TENSORRT) == {"QDQ106": ["m"]}
+    made = quantized(residual(), TENSORRT)
+    round_edge(made, "a", "ar", like="ar")
+    assert rules(made, TENSORRT) == {"QDQ105": ["ar"]}
+
+
+def test_layers_that_the_target_wants_float() -> None:
+    made = quantized(squeeze(), replace(TENSORRT, float_gates=False))
+    found = rules(made, TENSORRT)
+    assert found["QDQ103"] == ["f1", "f2"]
+
+
+def test_scales_of_concatenations_and_pools() -> None:
+    untied = quantized(inception(), CPU)
+    for value in ("j", "p"):
+        for name in (f"{value}_QuantizeLinear", f"{value}_DequantizeLinear"):
+            named(untied, name).input[1] = "own"
+    untied.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "own"))
+    assert rules(untied, CPU) == {"QDQ108": ["j", "j"], "QDQ109": ["p"]}
+
+
+def test_a_value_that_is_rounded_twice() -> None:
+    made = quantized(residual(), CPU)
+    round_edge(made, "r", "a", like="r")
+    assert rules(made, CPU) == {"QDQ112": ["r_extra_q"]}
+
+
+def test_biases_in_the_wrong_type() -> None:
+    from tests.quantization.test_placement import model, node, normal
+
+    nodes = [node("Conv", "x w b", "c"), node("Relu", "c", "y")]
+    made = model(nodes, {"w": normal(16, 3, 1, 1), "b": normal(16)})
+    assert rules(quantized(made, replace(CPU, integer_bias=False)), CPU) == {"QDQ009": ["c"]}
+    assert rules(quantized(made, replace(TENSORRT, integer_bias=True)), TENSORRT) == {"QDQ009": ["c"]}
+    wrong = quantized(made, CPU)
+    change(wrong, "b_quantized_scale", lambda array: array * 2)
+    assert rules(wrong, CPU) == {"QDQ010": ["c"]}
+
+
+def test_weights_only_is_a_note() -> None:
+    assert set(rules(quantized(residual(), packs.weights_only(CPU)), CPU)) == {"QDQ011"}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """onnxruntime's quantizer at its defaults, and its operator format."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = 1
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            self.left -= 1
+            image = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+            return {"x": image} if self.left >= 0 else None
+
+    folder = tmp_path_factory.mktemp("theirs")
+    save_onnx(residual(), folder / "float.onnx")
+    quantize_static(folder / "float.onnx", folder / "qdq.onnx", Reader())
+    quantize_static(folder / "float.onnx", folder / "qop.onnx", Reader(), quant_format=QuantFormat.QOperator)
+    return folder / "qdq.onnx", folder / "qop.onnx"
+
+
+def test_files_of_onnxruntimes_quantizer(theirs: tuple[Path, Path]) -> None:
+    report = deploycnn.lint(theirs[0], "onnxruntime-cpu", isa=Isa(name="avx512_vnni", saturates=False))
+    assert {finding.rule for finding in report.findings} == {"QDQ002", "QDQ006"}
+    assert not report.clean
+    symmetric = deploycnn.lint(theirs[0], "tensorrt")
+    assert {"QDQ003", "QDQ107"} <= {finding.rule for finding in symmetric.findings}
+    assert {finding.rule for finding in deploycnn.lint(theirs[1], "openvino").findings} == {"QDQ001"}
+
+
+def test_what_cannot_be_checked_is_refused(tmp_path: Path, theirs: tuple[Path, Path]) -> None:
+    save_onnx(residual(), tmp_path / "float.onnx")
+    with pytest.raises(PassRequirementError, match="not quantized, so there is nothing to lint"):
+        deploycnn.lint(tmp_path / "float.onnx")
+    with pytest.raises(ArtifactError, match="no such file"):
+        deploycnn.lint(tmp_path / "none.onnx")
+    with pytest.raises(RecipeError, match='unknown lint rule "QDQ06"'):
+        deploycnn.lint(theirs[0], ignore=["QDQ06"])
+    assert main(["lint", str(tmp_path / "float.onnx")]) == 2
+
+
+def test_the_command_line(tmp_path: Path, theirs: tuple[Path, Path]) -> None:
+    runner = CliRunner(env={"COLUMNS": "80"})
+    result = runner.invoke(command, [str(theirs[0]), "--target", "tensorrt"])
+    assert result.exit_code == 1
+    assert "QDQ003 error: asymmetric activations" in result.output
+    assert max(len(line) for line in result.output.splitlines()) <= 80
+    ours = tmp_path / "ours.onnx"
+    save_onnx(quantized(residual(), TENSORRT), ours)
+    clean = runner.invoke(command, [str(ours), "--target", "tensorrt"])
+    assert (clean.exit_code, "clean" in clean.output) == (0, True)
+    as_json = runner.invoke(command, [str(theirs[0]), "--target", "tensorrt", "--ignore", "QDQ003", "--json"])
+    assert as_json.exit_code == 1
+    assert '"rule": "QDQ107"' in as_json.output
+    assert "QDQ003" not in as_json.output
+
+
+def test_the_rules_are_documented() -> None:
+    page = Path(deploycnn.__file__).parent.parent / "docs" / "quantization.md"
+    if not page.exists():
+        pytest.skip("the documentation is not installed")
+    text = page.read_text()
+    for rule in RULES.values():
+        assert f"| {rule.id} | {rule.severity} | {rule.title} |" in text
