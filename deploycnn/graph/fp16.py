@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploycnn.core import Json
+from deploycnn.graph import bfloat16
 from deploycnn.graph.cleanup import simplify
 from deploycnn.graph.model import (
     check_onnx,
@@ -45,6 +47,17 @@ _DIVISORS = {"BatchNormalization": 4, "QuantizeLinear": 1, "DequantizeLinear": 1
 #: From here on QuantizeLinear and DequantizeLinear take FP16.
 _QDQ_OPSET = 19
 
+#: From here on convolutions and poolings take BF16.
+_BF16_OPSET = 22
+
+Half = Literal["fp16", "bf16"]
+
+#: -> (element type, its name in operators' schemas).
+_ELEMENTS: Mapping[Half, tuple[int, str]] = {
+    "fp16": (TensorProto.FLOAT16, "tensor(float16)"),
+    "bf16": (TensorProto.BFLOAT16, "tensor(bfloat16)"),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp16Record:
@@ -66,7 +79,11 @@ class Fp16Record:
 
 
 def convert_fp16(
-    model: ModelProto, *, keep_ops: Collection[str] = (), peaks: Mapping[str, float] | None = None
+    model: ModelProto,
+    *,
+    keep_ops: Collection[str] = (),
+    peaks: Mapping[str, float] | None = None,
+    half: Half = "fp16",
 ) -> tuple[ModelProto, Fp16Record]:
     """Convert a float32 model; graph inputs and outputs keep their names and types.
 
@@ -75,22 +92,25 @@ def convert_fp16(
         keep_ops: Operator types, or names of nodes, to leave in FP32.
         peaks: Largest magnitude seen of each value, by name. Nodes that read or make one too large for FP16
             stay in FP32.
+        half: "fp16", or "bf16" with float32's range and 8 bits of precision: nothing overflows or vanishes there.
 
     Raises:
         PassRequirementError: the model does not make a valid FP16 graph.
     """
+    if half == "bf16":
+        model = raise_opset(model, _BF16_OPSET)
     source = simplify(raise_opset(model, _QDQ_OPSET) if is_quantized(model) else model)
     name_nodes(source)
-    kept = _nodes_to_keep(source, keep_ops, peaks or {})
-    rewriter = _Rewriter(source, kept)
+    kept = _nodes_to_keep(source, keep_ops, peaks or {}, half)
+    rewriter = _Rewriter(source, kept, half)
     converted = rewriter.rewrite()
-    check_onnx(converted, "the FP16 graph")
+    check_onnx(converted, f"the {half.upper()} graph")
     record = Fp16Record(converted=rewriter.converted, casts=rewriter.casts, kept=kept)
     return converted, record
 
 
 def _nodes_to_keep(
-    model: ModelProto, keep_ops: Collection[str], peaks: Mapping[str, float]
+    model: ModelProto, keep_ops: Collection[str], peaks: Mapping[str, float], half: Half
 ) -> dict[str, str]:
     """Nodes that touch float32 values and must not be converted -> why."""
     types = _element_types(model)
@@ -104,11 +124,9 @@ def _nodes_to_keep(
         if node.op_type in keep_ops or node.name in keep_ops:
             kept[node.name] = "as asked"
             continue
-        why = (
-            _schema_reason(node, types, opset)
-            or _constant_reason(node, constants)
-            or _peak_reason(touches, peaks)
-        )
+        why = _schema_reason(node, types, opset, half)
+        if half == "fp16":
+            why = why or _constant_reason(node, constants) or _peak_reason(touches, peaks)
         if why:
             kept[node.name] = why
     return kept
@@ -120,19 +138,20 @@ def _element_types(model: ModelProto) -> dict[str, int]:
     return types
 
 
-def half_inputs(node: NodeProto, types: Mapping[str, int], opset: int) -> list[int]:
-    """Positions of the node's float32 inputs that its schema also accepts as FP16."""
+def half_inputs(node: NodeProto, types: Mapping[str, int], opset: int, half: Half = "fp16") -> list[int]:
+    """Positions of the node's float32 inputs that its schema also accepts as FP16 or BF16."""
+    wanted = _ELEMENTS[half][1]
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     allowed = {item.type_param_str: item.allowed_type_strs for item in schema.type_constraints}
     positions = []
     for position, name in enumerate(node.input):
         formal = schema.inputs[min(position, len(schema.inputs) - 1)]
-        if types.get(name) == TensorProto.FLOAT and "tensor(float16)" in allowed.get(formal.type_str, ()):
+        if types.get(name) == TensorProto.FLOAT and wanted in allowed.get(formal.type_str, ()):
             positions.append(position)
     return positions
 
 
-def _schema_reason(node: NodeProto, types: Mapping[str, int], opset: int) -> str:
+def _schema_reason(node: NodeProto, types: Mapping[str, int], opset: int, half: Half) -> str:
     if any(True for _ in subgraphs(node)):
         return "control flow"
     if any(name and not types.get(name) for name in (*node.input, *node.output)):
@@ -141,7 +160,7 @@ def _schema_reason(node: NodeProto, types: Mapping[str, int], opset: int) -> str
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
         return f'operator of the foreign domain "{node.domain}"'
-    halves = half_inputs(node, types, opset)
+    halves = half_inputs(node, types, opset, half)
     if not halves:
         return "its specification takes float32 only"
     bound = {schema.inputs[min(position, len(schema.inputs) - 1)].type_str for position in halves}
@@ -195,7 +214,8 @@ def _peak_reason(names: list[str], peaks: Mapping[str, float]) -> str:
 class _Rewriter:
     """Rewrites a simplified, named model node by node; casts a value when first needed in the other type."""
 
-    def __init__(self, source: ModelProto, kept: Mapping[str, str]) -> None:
+    def __init__(self, source: ModelProto, kept: Mapping[str, str], half: Half) -> None:
+        self.half = half
         self.model = ModelProto()
         self.model.CopyFrom(source)
         self.types = _element_types(source)
@@ -230,7 +250,7 @@ class _Rewriter:
         return self.types.get(name) == TensorProto.FLOAT
 
     def _cast(self, name: str, target: str, to: int) -> None:
-        suffix = "fp16" if to == TensorProto.FLOAT16 else "fp32"
+        suffix = "fp32" if to == TensorProto.FLOAT else self.half
         self.nodes.append(helper.make_node("Cast", [name], [target], name=f"{name}/Cast_{suffix}", to=to))
         self.casts += 1
 
@@ -241,9 +261,9 @@ class _Rewriter:
 
     def _as_half(self, name: str) -> str:
         if name not in self.halves:
-            self.halves[name] = self._new_name(name, "fp16")
+            self.halves[name] = self._new_name(name, self.half)
             if name not in self.constants:
-                self._cast(self.floats[name], self.halves[name], TensorProto.FLOAT16)
+                self._cast(self.floats[name], self.halves[name], _ELEMENTS[self.half][0])
         return self.halves[name]
 
     def _as_float(self, name: str) -> str:
@@ -276,7 +296,7 @@ class _Rewriter:
         }
 
     def _convert(self, node: NodeProto) -> None:
-        halves = set(half_inputs(node, self.types, self.opset))
+        halves = set(half_inputs(node, self.types, self.opset, self.half))
         for position, name in enumerate(node.input):
             if self._is_float(name):
                 node.input[position] = self._as_half(name) if position in halves else self._as_float(name)
@@ -285,7 +305,7 @@ class _Rewriter:
             if not self._is_float(name):
                 continue
             # The name itself goes to the float32 value where that is a graph output.
-            self.halves[name] = self._new_name(name, "fp16") if name in self.outputs else name
+            self.halves[name] = self._new_name(name, self.half) if name in self.outputs else name
             node.output[position] = self.halves[name]
             if name in self.outputs:
                 self.floats[name] = name
@@ -302,6 +322,9 @@ class _Rewriter:
                 tensors.append(tensor)
             if name in self.halves:
                 content = numpy_helper.to_array(tensor)
+                if self.half == "bf16":
+                    tensors.append(bfloat16.constant(self.halves[name], content))
+                    continue
                 finite = np.where(np.isfinite(content), np.clip(content, -HALF_MAX, HALF_MAX), content)
                 tensors.append(numpy_helper.from_array(finite.astype(np.float16), self.halves[name]))
         return tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 #: Behind INT8 the tolerance is so many times wider: a value on the edge of two integers may round to the other one.
 _FLIPS = 5.0
 
+#: BF16 has 8 bits of precision, FP16 11.
+_BF16_STEPS = 8.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fp16(Pass):
     """Cast weights and activations to FP16, keeping graph inputs and outputs FP32; behind int8, what is left float.
 
     Parity is measured by onnxruntime's CPU provider, which stores halves but computes some of them in FP32;
-    so overflow is not left to it but looked for in the FP32 activations of training images.
+    so overflow is not left to it but looked for in the FP32 activations of training images. It has no BF16 kernels;
+    there parity is that of a float32 graph that rounds to BF16 behind each operator.
     """
 
     consumes: ClassVar[Format | None] = "onnx"
@@ -32,6 +36,10 @@ class Fp16(Pass):
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32", "int8")
     gives_precision: ClassVar[str | None] = "fp16"
 
+    dtype: Annotated[
+        Literal["fp16", "bf16"],
+        "bf16: FP32's range with 8 bits of precision; for TensorRT, and not behind int8.",
+    ] = "fp16"
     keep_fp32_ops: Annotated[tuple[str, ...], "Operator types, or names of nodes, to leave in FP32."] = ()
     calibration_images: Annotated[
         int,
@@ -41,7 +49,7 @@ class Fp16(Pass):
     relative_tolerance: Annotated[
         float,
         Gt(0),
-        "Largest error of an output as a share of the image's largest output; behind int8 five times that.",
+        "Largest error of an output as a share of the image's largest output; five times it behind int8, 8 with bf16.",
     ] = 0.02
     parity_images: Annotated[int, Ge(1), "Images on which the graph is compared with its FP32 version."] = 16
 
@@ -50,6 +58,10 @@ class Fp16(Pass):
         if source.facts.precision not in ("fp32", "int8"):
             raise PassRequirementError(
                 f"fp16: the model is already {source.facts.precision}; put fp16 directly behind export or int8"
+            )
+        if self.dtype == "bf16" and source.facts.precision == "int8":
+            raise PassRequirementError(
+                "fp16: dtype bf16 behind int8 would round the scales of the integers to 8 bits; use dtype fp16"
             )
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
@@ -60,6 +72,7 @@ class Fp16(Pass):
             ParityError: outputs differ from the FP32 graph's by more than the tolerance.
             ArtifactError: the source's file cannot be read.
         """
+        from deploycnn.graph.bfloat16 import float32_twin
         from deploycnn.graph.cleanup import simplify
         from deploycnn.graph.fp16 import convert_fp16
         from deploycnn.graph.model import is_quantized, load_onnx, runtime_inputs, save_onnx, tensor_specs
@@ -78,7 +91,7 @@ class Fp16(Pass):
         _, (batch, *shape) = image_input(full)
         ctx.progress(0, 2, "looking for values beyond FP16's range")
         peaks = self._peaks(full, ctx)
-        converted, record = convert_fp16(full, keep_ops=self.keep_fp32_ops, peaks=peaks)
+        converted, record = convert_fp16(full, keep_ops=self.keep_fp32_ops, peaks=peaks, half=self.dtype)
         if not record.converted:
             first = next(iter(record.kept.items()), ("it", "no float32 operator"))
             raise PassRequirementError(
@@ -97,16 +110,16 @@ class Fp16(Pass):
         )
         parity = measure_parity(
             evaluator(source.path, threads=ctx.threads, integers=False),
-            evaluator(path, threads=ctx.threads, integers=False),
+            evaluator(
+                float32_twin(converted) if self.dtype == "bf16" else path, threads=ctx.threads, integers=False
+            ),
             images if batch is None else images[: len(images) // batch * batch],
             batch_sizes=(1, 5) if batch is None else (batch,),
-            tolerance=Tolerance(
-                absolute=1e-3, relative=self.relative_tolerance * (_FLIPS if quantized else 1)
-            ),
+            tolerance=Tolerance(absolute=1e-3, relative=self.relative_tolerance * self._wider(quantized)),
             source=images_source,
             against="int8 onnx" if quantized else "fp32 onnx",
         )
-        parity.check("fp16: the FP16 graph")
+        parity.check(f"fp16: the {self.dtype.upper()} graph")
         ctx.progress(2, 2, "converted")
         return Draft(
             format="onnx",
@@ -115,13 +128,17 @@ class Fp16(Pass):
             facts=replace(
                 source.facts,
                 size_bytes=size,
-                precision="int8_fp16" if quantized else "fp16",
+                precision="int8_fp16" if quantized else self.dtype,
                 record={
                     "parity": parity.to_json(),
                     "fp16": {**record.to_json(), "activations_checked": bool(peaks)},
                 },
             ),
         )
+
+    def _wider(self, quantized: bool) -> float:
+        """How many times the tolerance is allowed: BF16 rounds eight times as coarsely as FP16."""
+        return _BF16_STEPS if self.dtype == "bf16" else _FLIPS if quantized else 1.0
 
     def _peaks(self, model: ModelProto, ctx: Context) -> dict[str, float]:
         """Largest magnitude of each value on training images; empty without data."""

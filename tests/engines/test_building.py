@@ -16,6 +16,7 @@ from deploycnn.engines.flavour import Flavour
 from deploycnn.engines.log import Log
 from deploycnn.engines.settings import BuildSettings
 from deploycnn.errors import ArtifactError, PassRequirementError, RuntimeUnavailable
+from deploycnn.graph.fp16 import convert_fp16
 from tests.engines import graphs
 
 pytestmark = pytest.mark.usefixtures("rtx")
@@ -26,9 +27,10 @@ pytestmark = pytest.mark.usefixtures("rtx")
     [
         (graphs.net(), "fp32"),
         (graphs.net(dtype="float16"), "fp16"),
+        (convert_fp16(graphs.net(), half="bf16")[0], "bf16"),
         (graphs.quantized(), "int8"),
     ],
-    ids=["fp32", "fp16", "int8"],
+    ids=["fp32", "fp16", "bf16", "int8"],
 )
 def test_the_engine_computes_in_the_precision_of_the_graph(
     proto: onnx.ModelProto, precision: str, tmp_path: Path, rtx: Flavour

@@ -137,3 +137,16 @@ def integers(model) -> list[bytes]:
     """Contents of all int8 constants that are no zero points."""
     found = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8]
     return sorted(numpy_helper.to_array(tensor).tobytes() for tensor in found if len(tensor.dims) > 1)
+
+
+def test_bf16_is_an_option(exported: Artifact, tmp_path) -> None:
+    ctx = context(tmp_path, pictures())
+    draft = Fp16(dtype="bf16").run(exported, ctx)
+    assert draft.facts.precision == "bf16"
+    assert 1e-4 < draft.facts.record["parity"]["max_rel_error"] < 0.1
+    types = {tensor.data_type for tensor in load_onnx(ctx.output / "model.onnx").graph.initializer}
+    assert TensorProto.BFLOAT16 in types
+    assert TensorProto.FLOAT not in types
+    int8 = dataclasses.replace(exported, facts=dataclasses.replace(exported.facts, precision="int8"))
+    with pytest.raises(PassRequirementError, match="bf16 behind int8"):
+        Fp16(dtype="bf16").requires(int8)
