@@ -132,23 +132,32 @@ class _Build:
         self.settings = settings
         self.gpu = gpu
         self.log = log
-        self.stop = threading.Event()
+        self.began, self.stop, self.ended = threading.Event(), threading.Event(), threading.Event()
         self.phases = _Phases(progress)
         self.result: tuple[bytes | None, bytes | None] = (None, None)
         self.error: BaseException | None = None
 
     def run(self, timing_cache: bytes) -> tuple[bytes, bytes | None]:
         """Build in a thread of its own: TensorRT does not pass a KeyboardInterrupt on, so this one waits for it."""
-        worker = threading.Thread(target=self._work, args=(timing_cache,), name="build_engine", daemon=True)
-        worker.start()
+        worker = threading.Thread(target=self._work, args=(timing_cache,), name="build_engine")
         interrupted = False
-        while worker.is_alive():
+        try:
+            worker.start()
+        except KeyboardInterrupt:
+            interrupted = True
+            self.stop.set()
+            # Interrupted while the thread was being made: it runs, or never will.
+            if not self.began.wait(1.0):
+                raise
+        while not self.ended.is_set():
             try:
-                worker.join(_POLL_S)
+                while not self.ended.wait(_POLL_S):
+                    pass
             except KeyboardInterrupt:
                 interrupted = True
                 self.stop.set()
-        if interrupted or (self.stop.is_set() and failures.was_cancelled(self.log)):
+        worker.join()
+        if interrupted:
             raise KeyboardInterrupt
         if self.error is not None:
             raise self.error
@@ -160,10 +169,13 @@ class _Build:
         return plan, cache
 
     def _work(self, timing_cache: bytes) -> None:
+        self.began.set()
         try:
             self.result = self._build(timing_cache)
         except BaseException as error:
             self.error = error
+        finally:
+            self.ended.set()
 
     def _build(self, timing_cache: bytes) -> tuple[bytes | None, bytes | None]:
         trt = self.flavour.module

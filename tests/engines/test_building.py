@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -90,21 +92,21 @@ def test_progress_grows_to_its_end_and_the_log_is_kept(tmp_path: Path, rtx: Flav
     assert log.errors() == [] or all("CUDA" in text or "Thread context" in text for text in log.errors())
 
 
-def test_interrupting_stops_the_build(tmp_path: Path, rtx: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C arrives in the thread that waits; the builder hears of it at its next step."""
-    real, steps = threading.Thread.join, []
+@pytest.mark.parametrize("at", [0, 40])
+def test_interrupting_stops_the_build(at: int, tmp_path: Path, rtx: Flavour) -> None:
+    """A real Ctrl-C, in the first moment and in the middle; the builder hears of it at its next step."""
+    log, steps = Log(), []
 
-    def join(self: threading.Thread, timeout: float | None = None) -> None:
-        if self.name == "build_engine" and not steps:
-            steps.append("interrupted")
-            raise KeyboardInterrupt
-        real(self, timeout)
+    def progress(done: float, total: float, message: str = "") -> None:
+        steps.append(message)
+        if len(steps) == at + 1:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(threading.Thread, "join", join)
-    log = Log()
     with pytest.raises(KeyboardInterrupt):
-        building.build(graphs.saved(graphs.net(), tmp_path), rtx, BuildSettings(), gpu=None, log=log)
-    monkeypatch.undo()
+        building.build(
+            graphs.saved(graphs.net(), tmp_path), rtx, BuildSettings(), gpu=None, progress=progress, log=log
+        )
+    assert not any(thread.name == "build_engine" for thread in threading.enumerate())
     assert failures.was_cancelled(log)
     assert graphs.build(graphs.net(), tmp_path).plan  # and the next build works
 
