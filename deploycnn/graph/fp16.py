@@ -225,6 +225,9 @@ class _Rewriter:
         self.outputs = {value.name for value in source.graph.output}
         self.taken = set(self.types)
         self.nodes: list[NodeProto] = []
+        self.dequantized = {
+            node.output[0]: node for node in source.graph.node if node.op_type == "DequantizeLinear"
+        }
         #: Float32 name of the source graph -> its name as float32 / as FP16 in the new graph.
         self.floats: dict[str, str] = {value.name: value.name for value in source.graph.input}
         self.halves: dict[str, str] = {}
@@ -272,8 +275,20 @@ class _Rewriter:
                 self.floats[name] = name
             else:
                 self.floats[name] = self._new_name(name, "fp32")
-                self._cast(self.halves[name], self.floats[name], TensorProto.FLOAT)
+                if name in self.dequantized:
+                    self._dequantize_again(self.dequantized[name], self.floats[name])
+                else:
+                    self._cast(self.halves[name], self.floats[name], TensorProto.FLOAT)
         return self.floats[name]
+
+    def _dequantize_again(self, node: NodeProto, target: str) -> None:
+        """The float32 value from the integers themselves: a cast between them and a convolution hides them from it."""
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"{node.name}/fp32"
+        copy.input[1] = self._as_float(node.input[1])
+        copy.output[0] = target
+        self.nodes.append(copy)
 
     def _keep(self, node: NodeProto) -> None:
         captured = {name for name in self._captured(node) if self._is_float(name)}

@@ -240,3 +240,17 @@ def test_scales_that_fp16_cannot_hold_stay_float32() -> None:
     assert "too small for FP16" in record.kept["w_dq"]
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in half.graph.initializer}
     assert np.array_equal(stored["ws"], np.full(3, 1.03e-7, np.float32))
+
+
+def test_what_stays_float32_reads_its_integers_directly() -> None:
+    """A cast between DequantizeLinear and a convolution would keep the convolution from running on integers."""
+    value = RNG.integers(-127, 128, (3, 3, 3, 3)).astype(np.int8)
+    model = quantized_conv(0.01, value)
+    half, record = convert_fp16(model, peaks={"c": 1e6})
+    assert set(record.kept) == {"c", "relu"}
+    made = {name: node for node in half.graph.node for name in node.output}
+    kept = next(node for node in half.graph.node if node.op_type == "Conv")
+    assert [made[name].op_type for name in kept.input[:2]] == ["DequantizeLinear", "DequantizeLinear"]
+    x = images(2, (3, 8, 8))
+    expected, found = evaluator(model, integers=False)(x)[0], evaluator(half, integers=False)(x)[0]
+    assert np.abs(found - expected).max() <= 0.02 * 0.01 * 127 * 2 + 0.01 * np.abs(expected).max()
