@@ -102,10 +102,20 @@ def test_interrupting_stops_the_build(at: int, tmp_path: Path, rtx: Flavour) -> 
         if len(steps) == at + 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        building.build(
-            graphs.saved(graphs.net(), tmp_path), rtx, BuildSettings(), gpu=None, progress=progress, log=log
-        )
+    # Shells start background jobs, and with them tests, with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            building.build(
+                graphs.saved(graphs.net(), tmp_path),
+                rtx,
+                BuildSettings(),
+                gpu=None,
+                progress=progress,
+                log=log,
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not any(thread.name == "build_engine" for thread in threading.enumerate())
     assert failures.was_cancelled(log)
     assert graphs.build(graphs.net(), tmp_path).plan  # and the next build works
