@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploycnn.core import Json
 from deploycnn.graph import bfloat16
 from deploycnn.graph.cleanup import simplify
+from deploycnn.graph.half_range import HALF_MAX, overflows, vanishes
 from deploycnn.graph.model import (
     check_onnx,
     infer_shapes,
@@ -32,14 +32,6 @@ from deploycnn.graph.model import (
 )
 from deploycnn.graph.names import name_nodes, rename_in_node, unique
 from deploycnn.graph.opset import raise_opset
-
-#: Largest finite FP16 number.
-HALF_MAX = 65504.0
-
-#: Rounding to normal FP16 numbers loses at most 2^-11 of each value. More than twice that, in norm, means
-#: that the tensor lives among the subnormal numbers (below 6.1e-5) or vanishes altogether.
-MAX_RELATIVE_ERROR = 2.0**-10
-
 
 #: Operator -> position of an input whose every element must survive.
 _DIVISORS = {"BatchNormalization": 4, "QuantizeLinear": 1, "DequantizeLinear": 1}
@@ -129,7 +121,17 @@ def _nodes_to_keep(
             why = why or _constant_reason(node, constants) or _peak_reason(touches, peaks)
         if why:
             kept[node.name] = why
+    _keep_partners(model, kept)
     return kept
+
+
+def _keep_partners(model: ModelProto, kept: dict[str, str]) -> None:
+    """Integers that are multiplied must have scales of one type, or no kernel takes them."""
+    made = {node.output[0]: node.name for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for node in model.graph.node:
+        read = [made[name] for name in node.input if name in made]
+        if len(read) > 1 and node.name not in kept and any(name in kept for name in read):
+            kept[node.name] = "integers that it reads have a float32 scale"
 
 
 def _element_types(model: ModelProto) -> dict[str, int]:
@@ -184,23 +186,6 @@ def _constant_reason(node: NodeProto, constants: Mapping[str, TensorProto]) -> s
         if vanishes(content, elementwise=elementwise):
             return f'constant "{name}" is too small for FP16 (largest magnitude {np.abs(content).max():.3g})'
     return ""
-
-
-def overflows(content: npt.NDArray[np.float32]) -> bool:
-    """Whether a finite element becomes infinite in FP16. Infinities stay what they are."""
-    finite = content[np.isfinite(content)]
-    return bool(finite.size and np.abs(finite).max() > HALF_MAX)
-
-
-def vanishes(content: npt.NDArray[np.float32], *, elementwise: bool = False) -> bool:
-    """Whether FP16's small exponent range costs more than its rounding does (see ``MAX_RELATIVE_ERROR``)."""
-    exact = content[np.isfinite(content) & (np.abs(content) <= HALF_MAX)].astype(np.float64)
-    if exact.size == 0 or not exact.any():
-        return False
-    errors = np.abs(exact - exact.astype(np.float16).astype(np.float64))
-    if elementwise:
-        return bool((errors > MAX_RELATIVE_ERROR * np.abs(exact)).any())
-    return bool(np.linalg.norm(errors) > MAX_RELATIVE_ERROR * np.linalg.norm(exact))
 
 
 def _peak_reason(names: list[str], peaks: Mapping[str, float]) -> str:

@@ -32,7 +32,7 @@ class Fp16(Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32", "int8")
     gives_precision: ClassVar[str | None] = "fp16"
 

@@ -232,11 +232,20 @@ def test_a_quantized_graph_keeps_its_integers_and_raises_its_opset() -> None:
     assert np.abs(found - expected).max() <= 0.02 * 0.01 * 127 * 2 + 0.01 * np.abs(expected).max()
 
 
+def made_conv(model: ModelProto) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == "Conv")
+
+
 def test_scales_that_fp16_cannot_hold_stay_float32() -> None:
     """Below 6e-5 FP16 has few digits left: the integers would mean other numbers."""
     model = quantized_conv(1.03e-7, RNG.integers(-127, 128, (3, 3, 3, 3)).astype(np.int8))
     half, record = convert_fp16(model)
-    assert list(record.kept) == ["w_dq"]
+    assert record.kept["c"] == "integers that it reads have a float32 scale"
+    assert set(record.kept) == {"w_dq", "c"}
+    made = {name: node for node in half.graph.node for name in node.output}
+    scales = {made[name].input[1] for name in made_conv(half).input[:2]}
+    types = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert {types[name] for name in scales} == {TensorProto.FLOAT}
     assert "too small for FP16" in record.kept["w_dq"]
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in half.graph.initializer}
     assert np.array_equal(stored["ws"], np.full(3, 1.03e-7, np.float32))

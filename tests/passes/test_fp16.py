@@ -116,9 +116,10 @@ def test_behind_int8_the_rest_becomes_half(exported: Artifact, tmp_path) -> None
     """The integers stay as they are, the types at the edges too, and each constant is stored once."""
     from deploycnn.passes.int8 import Int8
 
-    ctx = context(tmp_path / "int8", pictures(), target="tensorrt")
+    data = pictures()
+    ctx = context(tmp_path / "int8", data, target="tensorrt")
     int8 = minted(Int8(calibration_images=8).run(exported, ctx), ctx)
-    ctx = context(tmp_path / "half", pictures())
+    ctx = context(tmp_path / "half", data)
     draft = Fp16().run(int8, ctx)
     assert draft.facts.precision == "int8_fp16"
     assert draft.facts.record["parity"]["reference"] == "int8 onnx"
