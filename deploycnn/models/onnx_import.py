@@ -72,7 +72,9 @@ def _embed(model: ModelProto, path: Path) -> bool:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         file = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+        # A location that leaves the folder is refused also where it comes back: onnx itself refuses to follow it.
+        leaves = Path(location).is_absolute() or ".." in Path(location).parts
+        if not location or leaves or not file.is_relative_to(folder):
             raise SourceError(
                 f'{path}: the data of "{tensor.name}" lie outside the model\'s folder ("{location}"); '
                 "refused. Put the data file beside the model and export it again"

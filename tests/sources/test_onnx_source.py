@@ -104,7 +104,7 @@ def relocate(path, location):
     path.write_bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "symlink", "constant"])
+@pytest.mark.parametrize("kind", ["parent", "there and back", "absolute", "symlink", "constant"])
 def test_external_data_outside_the_folder_is_refused(tmp_path, kind):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -123,7 +123,8 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, kind):
         model.graph.node.append(helper.make_node("Constant", [], ["hidden"], value=held))
         path = stored(folder, model)
     else:
-        relocate(path, "../secret.bin" if kind == "parent" else str(secret))
+        places = {"parent": "../secret.bin", "there and back": "../model/weights.bin"}
+        relocate(path, places.get(kind, str(secret)))
     ctx = context(tmp_path / "run")
     with pytest.raises(SourceError, match="lie outside the model's folder .*refused"):
         Onnx(path=path).run(ctx)
