@@ -210,6 +210,7 @@ class Context:
         data: Images with their preprocessing; ``None`` where the recipe names none.
         references: Artifacts of other variants that the pass asked for (``Pass.references``), by variant name.
         stopwatch: Times models on the target; ``None`` where the target cannot run here.
+        lineage: Artifacts that the pass's input was made from, in order: the source's first, the input last.
         num_classes: How many classes the model tells apart; ``None`` where there are no data.
     """
 
@@ -222,6 +223,7 @@ class Context:
     data: Data | None = None
     references: Mapping[str, Artifact] = field(default_factory=dict)
     stopwatch: Stopwatch | None = None
+    lineage: tuple[Artifact, ...] = ()
     progress: ProgressFn = no_progress
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("deploycnn"))
 
@@ -253,6 +255,8 @@ class Pass(ABC):
     gives_precision: ClassVar[str | None] = None
     #: Whether ``ctx.data`` must be there.
     needs_data: ClassVar[bool] = False
+    #: Whether it trains, so that it runs on the GPU where there is one. Passes that consume torch always do.
+    trains: ClassVar[bool] = False
     #: Whether the output depends on ``ctx.target`` (which then enters the key).
     uses_target: ClassVar[bool] = False
     #: Whether the output depends on the machine (engines; which then enters the key).

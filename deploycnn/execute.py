@@ -68,7 +68,7 @@ def execute(recipe: Recipe, plan: Plan, store: Store, data: Data | None, events:
         events.step_started(title)
         started = time.perf_counter()
         try:
-            outcome.artifacts[step.key] = _make(recipe, step, store, data, outcome.artifacts, events)
+            outcome.artifacts[step.key] = _make(recipe, plan, step, store, data, outcome.artifacts, events)
         except StorageError:
             raise
         except DeployCNNError as error:
@@ -116,6 +116,7 @@ def _stored(step: Step, store: Store, events: Events) -> Artifact | None:
 
 def _make(
     recipe: Recipe,
+    plan: Plan,
     step: Step,
     store: Store,
     data: Data | None,
@@ -141,6 +142,7 @@ def _make(
                 data=data,
                 references={name: artifacts[key] for name, key in step.references.items()},
                 stopwatch=stopwatch(recipe, data) if _takes_onnx(step) else None,
+                lineage=tuple(artifacts[key] for key in _ancestors(plan, step)),
                 progress=events.progress,
                 log=log,
             )
@@ -198,6 +200,15 @@ def _takes_onnx(step: Step) -> bool:
     return isinstance(step.component, Pass) and step.component.consumes == "onnx"
 
 
+def _ancestors(plan: Plan, step: Step) -> list[str]:
+    """Keys of the steps that a step's input was made by, source first. They are in its key through its parent's."""
+    keys: list[str] = []
+    while step.parent is not None:
+        keys.insert(0, step.parent)
+        step = plan.step(step.parent)
+    return keys
+
+
 def available_threads() -> int:
     """CPUs that this process may use (affinity and cpusets respected)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -205,7 +216,8 @@ def available_threads() -> int:
 
 def _device(step: Step) -> str:
     """Where training and the like run: the GPU if there is one. Measurement chooses its device by runtime."""
-    if isinstance(step.component, Pass) and step.component.consumes == "torch":
+    component = step.component
+    if isinstance(component, Pass) and (component.trains or component.consumes == "torch"):
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -103,3 +103,22 @@ def test_a_full_disk_ends_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(StorageError):
         run(tmp_path / "r", VARIANTS)
     assert not list((tmp_path / "r/artifacts").glob("export-*"))
+
+
+def test_a_pass_is_told_what_its_input_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[str]] = {}
+    for component in (Tune, Export):
+        original = component.run
+
+        def run_and_note(self: Any, source: Any, ctx: Any, original: Any = original) -> Any:
+            seen[type(self).__name__] = [artifact.path.read_text() for artifact in ctx.lineage]
+            assert ctx.lineage[-1] == source
+            return original(self, source, ctx)
+
+        monkeypatch.setattr(component, "run", run_and_note)
+    outcome = run(tmp_path / "r", {"a": ["tune", "export"]})
+    assert not outcome.failures
+    assert not outcome.bugs
+    assert seen["Tune"] == ["m seed 0"]
+    assert seen["Export"][0] == "m seed 0"
+    assert len(seen["Export"]) == 2

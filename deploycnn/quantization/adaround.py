@@ -269,7 +269,8 @@ def from_matrix(matrix_GOK: npt.NDArray[Any], layer: Layer) -> npt.NDArray[Any]:
     """The inverse of :func:`to_matrix`."""
     if layer.op_type == "Conv":
         return matrix_GOK.reshape(layer.weight.shape)
-    return matrix_GOK[0] if _outputs_first(layer) else matrix_GOK[0].T
+    rows: npt.NDArray[Any] = matrix_GOK[0]
+    return rows if _outputs_first(layer) else rows.T
 
 
 def _outputs_first(layer: Layer) -> bool:

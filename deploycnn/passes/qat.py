@@ -1,0 +1,163 @@
+"""Fine-tune a quantized graph until it agrees with its float graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Interval
+
+from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass
+from deploycnn.errors import PassRequirementError
+from deploycnn.training.settings import Optimizer, TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Images on which the trained graph and onnxruntime are compared.
+_PARITY_IMAGES = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qat(TrainingSettings, Pass):
+    """Quantization-aware training of exactly the graph that is deployed, taught by the float graph it came from.
+
+    Put it behind ``int8`` or ``w4a8``. Weights, and where asked for scales, change; nodes do not. LSQ: Esser et al.
+    2020; distillation: Hinton et al. 2015.
+
+    Raises:
+        ValueError: scales are to be learned with adamw, which would undo LSQ's scaling of their gradients.
+    """
+
+    consumes: ClassVar[Format | None] = "onnx"
+    produces: ClassVar[Format] = "onnx"
+    version: ClassVar[int] = 1
+    needs_data: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    # The weights are good already, and batch norms, which would forgive large steps, are folded.
+    default_lr: ClassVar[Mapping[Optimizer, float]] = {"sgd": 2e-3, "adamw": 1e-4}
+
+    epochs: Annotated[int, Ge(0), "Passes over the training split."] = 2
+    weight_decay: Annotated[float, Ge(0), "Of kernels and matrices; biases and scales are not decayed."] = (
+        1e-5
+    )
+    teacher: Annotated[
+        str | None, "Variant whose last torch model teaches; null: the float ONNX model that was quantized."
+    ] = None
+    temperature: Annotated[float, Gt(0), "Divides the logits of teacher and student."] = 4.0
+    label_weight: Annotated[
+        float, Ge(0), "Weight of the labels' cross-entropy beside the teacher's term, 1."
+    ] = 0.0
+    learn_scales: Annotated[bool, "Train the scales of activations and weights too (LSQ)."] = True
+    min_agreement: Annotated[
+        float,
+        Interval(ge=0, le=1),
+        "Share of logits that must lie within one output step of onnxruntime's; less is an error.",
+    ] = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learn_scales and self.optimizer == "adamw":
+            raise ValueError("learn_scales needs optimizer sgd: adamw would undo LSQ's scaling of gradients")
+
+    def references(self) -> tuple[str, ...]:
+        """The teacher's variant, where one is named."""
+        return (self.teacher,) if self.teacher is not None else ()
+
+    def requires(self, source: Artifact) -> None:
+        """Refuse what is not quantized."""
+        if source.facts.precision in {"fp32", "fp16", "bf16"}:
+            raise PassRequirementError(
+                f"qat: the model is {source.facts.precision}, not quantized; put int8 or w4a8 before it"
+            )
+
+    def run(self, source: Artifact, ctx: Context) -> Draft:
+        """Write ``model.onnx``; the history is recorded under "training", the rest under "qat".
+
+        Raises:
+            PassRequirementError: no float ONNX model is in the chain, the bridge lacks an operator, or model or
+                teacher do not fit the data.
+            PreprocessingError: the model was made for images prepared otherwise.
+            TrainingError: the loss or a scale became useless.
+            ParityError: onnxruntime does not compute what was trained.
+        """
+        from deploycnn.graph.metadata import get_metadata, set_metadata
+        from deploycnn.graph.model import check_onnx, load_onnx, runtime_inputs, save_onnx, tensor_specs
+        from deploycnn.quantization.qat import fine_tune
+        from deploycnn.quantization.static import prepare
+        from deploycnn.training.artifact import needed_data, val_top1
+        from deploycnn.training.device import model_to
+        from deploycnn.training.losses import Distillation
+
+        data = needed_data(ctx, "qat")
+        data.preprocessing.check_same(source.facts.preprocessing, "qat")
+        original = _float_ancestor(ctx)
+        full = load_onnx(original.path)
+        teacher, name = self._teacher(ctx)
+        teacher_top1 = val_top1(model_to(teacher, ctx.device), data, self.batch_size, ctx)
+        loss = Distillation(
+            teacher=teacher,
+            method="kd",
+            temperature=self.temperature,
+            alpha=1.0,
+            beta=0.0,
+            label_weight=self.label_weight,
+            label_smoothing=self.label_smoothing,
+        )
+        quantized = load_onnx(source.path)
+        tuned = fine_tune(
+            quantized,
+            prepare(full),
+            data,
+            self,
+            loss=loss,
+            ctx=ctx,
+            learn_scales=self.learn_scales,
+            parity_count=_PARITY_IMAGES,
+        )
+        tuned.agreement.check(self.min_agreement, "qat")
+        set_metadata(tuned.model, get_metadata(quantized))
+        path = ctx.output / MAIN_FILE["onnx"]
+        check_onnx(tuned.model, "qat: the trained graph")
+        save_onnx(tuned.model, path)
+        record = {
+            **source.facts.record,
+            "training": tuned.history.to_json(),
+            "teacher": {"name": name, "val_top1": teacher_top1},
+            "qat": tuned.to_json(),
+        }
+        return Draft(
+            format="onnx",
+            inputs=tensor_specs(runtime_inputs(tuned.model)),
+            outputs=tensor_specs(tuned.model.graph.output),
+            facts=replace(source.facts, size_bytes=path.stat().st_size, record=record),
+        )
+
+    def _teacher(self, ctx: Context) -> tuple[nn.Module, str]:
+        """The teacher, frozen, and what it is called."""
+        from deploycnn.graph.model import load_onnx
+        from deploycnn.quantization.qat import float_teacher
+        from deploycnn.training import artifact
+
+        if self.teacher is None:
+            return float_teacher(load_onnx(_float_ancestor(ctx).path)), "the float model"
+        found = ctx.references[self.teacher]
+        model = artifact.load_checked(
+            found.path, found.facts, artifact.needed_data(ctx, "qat"), f"qat: the teacher {self.teacher}"
+        )
+        return model.requires_grad_(False), self.teacher
+
+
+def _float_ancestor(ctx: Context) -> Artifact:
+    """The float ONNX model that the input was quantized from.
+
+    Raises:
+        PassRequirementError: there is none.
+    """
+    for artifact in reversed(ctx.lineage):
+        if artifact.format == "onnx" and artifact.facts.precision == "fp32":
+            return artifact
+    raise PassRequirementError(
+        "qat: no float ONNX model stands before it in its variant; begin the variant with one and quantize it here"
+    )

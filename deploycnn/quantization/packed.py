@@ -1,0 +1,104 @@
+"""4-bit weights that are stored two to a byte and computed with by 8-bit kernels.
+
+DequantizeLinear of INT4 (operator set 21) runs in onnxruntime and OpenVINO, but neither fuses it: the convolution
+behind it then computes in float, and dequantizes its weights at every call (onnxruntime 1.32, OpenVINO 2026.4,
+measured). A Cast to INT8 in front of DequantizeLinear is folded when the file is loaded: the file keeps its 4-bit
+size, and the graph that runs is the 8-bit one, at its speed. Numbers are the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from deploycnn.graph.cleanup import remove_unused
+from deploycnn.graph.model import consumers, initializers, producers, sort_nodes
+from deploycnn.graph.names import unique
+
+
+def widen(model: ModelProto) -> int:
+    """Put a Cast to INT8 behind every INT4 initializer that is dequantized; return how many."""
+    graph = model.graph
+    weights = initializers(graph)
+    taken = {name for node in graph.node for name in (*node.input, *node.output, node.name)} | set(weights)
+    made: dict[str, str] = {}
+    for node in _dequantizers(model):
+        source = node.input[0]
+        if source not in weights or weights[source].data_type != TensorProto.INT4:
+            continue
+        if source not in made:
+            made[source] = unique(f"{source}_int8", taken)
+            name = unique(f"{source}_Cast", taken)
+            taken |= {made[source], name}
+            graph.node.append(helper.make_node("Cast", [source], [made[source]], name, to=TensorProto.INT8))
+        node.input[0] = made[source]
+        if len(node.input) > 2 and node.input[2]:
+            _set_type(weights[node.input[2]], TensorProto.INT8)
+    sort_nodes(model)
+    return len(made)
+
+
+def narrow(model: ModelProto) -> int:
+    """Undo :func:`widen`: DequantizeLinear reads INT4 itself; return how many Casts went."""
+    graph = model.graph
+    weights, made_by = initializers(graph), producers(graph)
+    casts = set()
+    for node in _dequantizers(model):
+        cast = made_by.get(node.input[0])
+        if cast is None or cast.op_type != "Cast" or cast.input[0] not in weights:
+            continue
+        if weights[cast.input[0]].data_type != TensorProto.INT4:
+            continue
+        casts.add(cast.name)
+        node.input[0] = cast.input[0]
+        if len(node.input) > 2 and node.input[2]:
+            _set_type(weights[node.input[2]], TensorProto.INT4)
+    remove_unused(model)
+    return len(casts)
+
+
+def fold(model: ModelProto) -> int:
+    """Put Cast and Mul in place of DequantizeLinear of weights; return how many.
+
+    For graphs that compute in float. onnxruntime leaves DequantizeLinear alone when it loads a graph, so weights are
+    converted at every call; a Cast and a product of constants are computed once.
+    """
+    graph = model.graph
+    weights, read_by = initializers(graph), consumers(graph)
+    taken = {name for node in graph.node for name in (*node.input, *node.output, node.name)} | set(weights)
+    count = 0
+    for node in _dequantizers(model):
+        if any(name and name not in weights for name in node.input):
+            continue
+        has_zero = len(node.input) > 2 and node.input[2]
+        if has_zero and numpy_helper.to_array(weights[node.input[2]]).astype(np.int32).any():
+            continue
+        if not read_by.get(node.output[0]):
+            continue
+        scale = numpy_helper.to_array(weights[node.input[1]])
+        axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
+        rank = len(weights[node.input[0]].dims)
+        if scale.ndim:
+            scale = scale.reshape([-1 if index == axis % rank else 1 for index in range(rank)])
+        real = unique(f"{node.input[0]}_real", taken)
+        wide = unique(f"{node.input[1]}_wide", taken)
+        taken |= {real, wide}
+        graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), wide))
+        graph.node.append(
+            helper.make_node("Cast", [node.input[0]], [real], f"{node.name}_Cast", to=TensorProto.FLOAT)
+        )
+        graph.node.append(helper.make_node("Mul", [real, wide], [node.output[0]], f"{node.name}_Mul"))
+        graph.node.remove(node)
+        count += 1
+    sort_nodes(model)
+    remove_unused(model)
+    return count
+
+
+def _dequantizers(model: ModelProto) -> list[NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+
+
+def _set_type(tensor: TensorProto, kind: int) -> None:
+    values = numpy_helper.to_array(tensor).astype(np.int32)
+    tensor.CopyFrom(helper.make_tensor(tensor.name, kind, values.shape, values.reshape(-1).tolist()))

@@ -1,0 +1,222 @@
+"""Quantization-aware training of exactly the graph that is deployed, with the float graph as teacher.
+
+The Q/DQ graph becomes a module through :mod:`deploycnn.graph.bridge`; the one training loop trains it; weights and
+scales go back into the same file, whose nodes stay as they were. Batch norms are folded by then; one that is left
+keeps its statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import ModelProto, TensorProto
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from deploycnn.core import Context, Json
+from deploycnn.data.base import Data
+from deploycnn.errors import PassRequirementError, TrainingError
+from deploycnn.graph.bridge import Bridge, FakeQuantize, to_torch
+from deploycnn.graph.model import initializers
+from deploycnn.graph.probe import parity_images
+from deploycnn.quantization.agreement import Agreement, measure_agreement, saturates_here
+from deploycnn.quantization.packed import narrow, widen
+from deploycnn.quantization.reconstruction import Layer, along, find_layers
+from deploycnn.tasks import classification
+from deploycnn.training.history import History
+from deploycnn.training.loop import fit
+from deploycnn.training.losses import Loss
+from deploycnn.training.settings import TrainingSettings
+
+#: How near to the border of its rounding interval a weight may start.
+_MARGIN = 0.49
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """The result.
+
+    Attributes:
+        model: The Q/DQ graph with trained weights and scales; the given one where training made it no better.
+        history: Of the training.
+        agreement: Of the fake-quantized module with onnxruntime, for ``model``.
+        improved: Whether the trained weights were kept.
+        scales_learned: How many quantizers' scales were trained.
+    """
+
+    model: ModelProto
+    history: History
+    agreement: Agreement
+    improved: bool
+    scales_learned: int
+
+    def to_json(self) -> Json:
+        """The record kept with the artifact, without the history."""
+        return {
+            "agreement": asdict(self.agreement),
+            "improved": self.improved,
+            "scales_learned": self.scales_learned,
+            "initial_val_top1": self.history.initial_val_top1,
+            "kept_val_top1": self.history.kept_val_top1,
+        }
+
+
+def float_teacher(model: ModelProto) -> nn.Module:
+    """A float graph as a module that only teaches.
+
+    Raises:
+        PassRequirementError: the bridge lacks an operator (named).
+    """
+    return to_torch(model).module.eval().requires_grad_(False)
+
+
+def fine_tune(
+    quantized: ModelProto,
+    full: ModelProto,
+    data: Data,
+    settings: TrainingSettings,
+    *,
+    loss: Loss,
+    ctx: Context,
+    learn_scales: bool,
+    parity_count: int,
+) -> Tuned:
+    """Train a Q/DQ graph.
+
+    Training starts from what the graph computes: each float weight is moved into the interval that rounds to its
+    present integer, so that learned rounding and equalization are not lost.
+
+    Args:
+        quantized: With Q/DQ; left as it is.
+        full: The float graph that it was made from, prepared, for the weights.
+        data: Images: train trains, val picks the epoch.
+        settings: See :class:`~deploycnn.training.settings.TrainingSettings`.
+        loss: What to minimize.
+        ctx: Seed, device, threads, scratch folder, progress and log.
+        learn_scales: Train scales too (LSQ, Esser et al. 2020).
+        parity_count: Images on which the module and onnxruntime are compared.
+
+    Raises:
+        PassRequirementError: the bridge lacks an operator, nothing is quantized, or the outputs do not fit the data.
+        TrainingError: the loss, or a scale, became useless.
+    """
+    narrowed = ModelProto()
+    narrowed.CopyFrom(quantized)
+    packed = narrow(narrowed)
+    layers = find_layers(full, narrowed)
+    if not layers:
+        raise PassRequirementError("qat: the graph stores no weight as integers; put it behind int8")
+    bridge = to_torch(narrowed, float_weights=starting_weights(layers))
+    sample, _ = parity_images(data, (0, 0, 0), 1, ctx.seed)
+    classification.check_model(
+        bridge.module, torch.from_numpy(sample), len(data.dataset.classes), "qat: the model"
+    )
+    limit_weights(bridge, layers)
+    if learn_scales:
+        bridge.learn_scales()
+    history = fit(Frozen(bridge.module), data, settings, loss=loss, ctx=ctx)
+    _check_scales(bridge)
+    improved = settings.keep == "last" or history.kept_val_top1 >= history.initial_val_top1
+    if improved:
+        trained = bridge.write_back()
+    else:
+        ctx.log.warning(
+            "qat: no epoch was better on val than before (%.4f, best %.4f): the graph stays as it was",
+            history.initial_val_top1,
+            history.kept_val_top1,
+        )
+        trained = ModelProto()
+        trained.CopyFrom(narrowed)
+        bridge = to_torch(narrowed)
+    images, where = parity_images(data, (0, 0, 0), parity_count, ctx.seed)
+    if packed:
+        widen(trained)
+    agreement = measure_agreement(
+        bridge.module,
+        trained,
+        images,
+        source=where,
+        threads=ctx.threads,
+        integers=not saturates_here(trained),
+    )
+    return Tuned(
+        model=trained,
+        history=history,
+        agreement=agreement,
+        improved=improved,
+        scales_learned=len(bridge.quantizers()) if learn_scales else 0,
+    )
+
+
+class Frozen(nn.Module):
+    """Trains all but batch norms' statistics."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K)."""
+        logits_NK: torch.Tensor = self.module(images_NCHW)
+        return logits_NK
+
+    def train(self, mode: bool = True) -> Frozen:
+        """As usual, except that batch norms stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+def starting_weights(layers: list[Layer]) -> dict[str, npt.NDArray[np.generic]]:
+    """Float weights that round to the present integers, as near to the float graph's as these allow.
+
+    A weight of the float graph that lies more than a step away (its layer was equalized, say) says nothing; there
+    the integer itself is the start.
+
+    Returns:
+        By name of the integer initializer.
+    """
+    found: dict[str, npt.NDArray[np.generic]] = {}
+    for layer in layers:
+        stored, rank = layer.stored, layer.weight.ndim
+        scale = along(stored.scale, stored.axis, rank).astype(np.float64)
+        steps = (stored.integers - along(stored.zero_point, stored.axis, rank)).astype(np.float64)
+        wanted = layer.weight.astype(np.float64) / scale - steps
+        offset = np.where(np.abs(wanted) <= 1.0, np.clip(wanted, -_MARGIN, _MARGIN), 0.0)
+        found[stored.name] = ((steps + offset) * scale).astype(np.float32)
+    return found
+
+
+def limit_weights(bridge: Bridge, layers: list[Layer]) -> None:
+    """Keep trained integers within the bits in use: symmetric, and 7 where no 8-bit weight needs more.
+
+    A file whose weights all fit into 7 bits was made for CPUs that saturate beyond.
+    """
+    tensors = initializers(bridge.original.graph)
+    eight = [layer for layer in layers if tensors[layer.stored.name].data_type == TensorProto.INT8]
+    largest = max((int(np.abs(layer.stored.integers).max()) for layer in eight), default=0)
+    for layer in layers:
+        if layer.stored.zero_point.any():
+            continue
+        kind = tensors[layer.stored.name].data_type
+        top = 7 if kind == TensorProto.INT4 else 63 if largest <= 63 else 127
+        quantizer = getattr(
+            bridge.module.get_submodule(bridge.module_of[layer.node.name]), "weight_fake_quant", None
+        )
+        if isinstance(quantizer, FakeQuantize):
+            quantizer.qmin, quantizer.qmax = -top, top
+
+
+def _check_scales(bridge: Bridge) -> None:
+    for name, quantizer in bridge.quantizers().items():
+        scale = quantizer.scale.detach()
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise TrainingError(
+                f"qat: a scale of {name} became {float(scale.min()):.3g} in training; lower `lr`, or set "
+                "`learn_scales: false`"
+            )
