@@ -7,6 +7,7 @@ all, not once for each layer.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -249,6 +250,7 @@ class Sampler:
         self.images, self.per_image, self.seed = images, max(1, -(-samples // images)), seed
         self.seen: dict[str, int] = {}
         self.samples: dict[str, Samples] = {}
+        self.lock = threading.Lock()
         self.by_value: dict[str, list[tuple[int, bool]]] = {}
         for number, layer in enumerate(layers):
             self.by_value.setdefault(layer.target, []).append((number, False))
@@ -267,10 +269,12 @@ class Sampler:
         for number, added in self.by_value.get(value, ()):
             layer = self.layers[number]
             view = pixels(content, layer.op_type)
-            if layer.node.name not in self.samples:
-                rng = np.random.default_rng([self.seed, 0xADA, number])
-                places = choose_places(rng, self.images, (view.shape[1], view.shape[2]), self.per_image)
-                self.samples[layer.node.name] = Samples(places=places, targets=[], addends=[])
+            # A layer's output and its addend may be visited at the same time.
+            with self.lock:
+                if layer.node.name not in self.samples:
+                    rng = np.random.default_rng([self.seed, 0xADA, number])
+                    places = choose_places(rng, self.images, (view.shape[1], view.shape[2]), self.per_image)
+                    self.samples[layer.node.name] = Samples(places=places, targets=[], addends=[])
             mine = self.samples[layer.node.name]
             taken = take(view, mine.places[first : first + len(content)])
             (mine.addends if added else mine.targets).append(taken)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,8 @@ from deploycnn.graph.parity import evaluator
 from deploycnn.quantization import packs
 from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.sampling import Frontier, Window, choose_places
+from deploycnn.quantization.reconstruction import find_layers
+from deploycnn.quantization.sampling import Frontier, Sampler, Window, choose_places
 from deploycnn.quantization.static import prepare
 from tests.graph.nets import Residual, images, randomized
 
@@ -110,3 +114,27 @@ def test_values_are_those_of_the_whole_graph_whatever_is_kept(quantized: ModelPr
         frontier.forget_all_but(sources[number + 1 :])
     assert frontier.kept == {}
     assert frontier.peak_bytes >= batch.nbytes
+
+
+def test_a_layers_output_and_its_addend_may_be_visited_at_the_same_time(quantized: ModelProto) -> None:
+    full = prepare(export_onnx(randomized(Residual()), (3, 12, 12), opset=18, classes=None))
+    layers = find_layers(full, quantized)
+    block = layers[1]
+    assert block.target_addend is not None
+    rng = np.random.default_rng(5)
+    contents = {
+        name: rng.standard_normal((8, 8, 12, 12), dtype=np.float32)
+        for name in (block.target, block.target_addend)
+    }
+    for _ in range(50):
+        sampler = Sampler(layers, 8, 4096, 0)
+        barrier = threading.Barrier(2)
+
+        def visit(name: str, sampler: Sampler = sampler, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            sampler.visit(name, contents[name])
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(visit, contents))
+        mine = sampler.samples[block.node.name]
+        assert sum(map(len, mine.targets)) == sum(map(len, mine.addends)) == 8 * 144
