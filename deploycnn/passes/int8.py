@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Interval
@@ -13,12 +15,18 @@ from deploycnn.errors import PassRequirementError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onnx import ModelProto
+
     from deploycnn.graph.parity import Parity
+    from deploycnn.quantization.engine import Candidate, Engine
     from deploycnn.quantization.packs import RulePack
     from deploycnn.quantization.quantize import Options
+    from deploycnn.quantization.remedies import Remedy
 
 #: Images on which the quantized graph is compared with the float one, for the record.
 _PARITY_IMAGES = 64
+
+_QAT = "qat"
 
 #: The budget of ``auto`` where the recipe gives none.
 _AUTO_BUDGET = 0.002
@@ -29,7 +37,7 @@ class Int8(Pass):
     """Quantize weights and activations to 8 bits, calibrated on training images; the rest stays FP32.
 
     ``int8: auto`` climbs the repair ladder until the drop of top-1 on the validation split is within the
-    budget: other ranges, equalized weights, corrected biases, learned rounding, single layers in float. With
+    budget: other ranges, equalized weights, corrected biases, learned rounding, single layers in float, training. With
     ``max_top1_drop`` alone, the settings stay as given and the cheapest layers are left in float.
     """
 
@@ -41,6 +49,7 @@ class Int8(Pass):
     gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
+    uses_environment: ClassVar[bool] = True  # by `do_no_harm`: what is timed here decides
 
     mode: Annotated[
         Literal["fixed", "auto"], "fixed: as the options say; auto: repair until the budget is met."
@@ -76,6 +85,26 @@ class Int8(Pass):
         bool | None,
         "7-bit weights; by default only where this x86 CPU's 8-bit arithmetic saturates (no VNNI).",
     ] = None
+    equalize: Annotated[
+        bool, "Spread the ranges of channels evenly over neighbouring layers (Nagel et al. 2019)."
+    ] = False
+    absorb_bias: Annotated[
+        bool, "Move biases that always pass a ReLU into the next layer (Nagel et al. 2019)."
+    ] = False
+    correct_bias: Annotated[
+        bool, "Take the mean error that rounding the weights makes out of the biases (Nagel et al. 2019)."
+    ] = False
+    adaround: Annotated[
+        bool, "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes."
+    ] = False
+    qat_epochs: Annotated[
+        int, Ge(0), "For auto: epochs of quantization-aware training as the last rung; 0 leaves it out."
+    ] = 2
+    do_no_harm: Annotated[
+        bool,
+        "Leave in float what is measured slower on integers on the target; where no integer graph is faster, "
+        "return float. What is timed decides, so equal runs may differ where it is close.",
+    ] = True
     exclude: Annotated[tuple[str, ...], "Names of nodes to leave in float."] = ()
     rules: Annotated[
         Literal["target", "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"],
@@ -119,6 +148,9 @@ class Int8(Pass):
             calibration_images=self.calibration_images,
             judge_images=self.judge_images,
             percentile=self.percentile,
+            further_remedies=partial(self._training, ctx),
+            stopwatch=ctx.stopwatch if self.do_no_harm else None,
+            scratch=ctx.scratch,
             seed=ctx.seed,
             threads=ctx.threads,
             progress=ctx.progress,
@@ -134,7 +166,7 @@ class Int8(Pass):
             facts=replace(
                 source.facts,
                 size_bytes=path.stat().st_size,
-                precision="int8",
+                precision=record.precision,
                 record={
                     "parity": parity.to_json(),
                     "int8": record.to_json(),
@@ -144,6 +176,37 @@ class Int8(Pass):
             ),
         )
 
+    def _training(self, ctx: Context, engine: Engine, model: ModelProto) -> Mapping[str, Remedy]:
+        """Quantization-aware training with the float graph as teacher; the pass ``qat`` has all its options."""
+        from deploycnn.quantization.qat import fine_tune, float_teacher
+        from deploycnn.training.artifact import needed_data
+        from deploycnn.training.device import model_to
+        from deploycnn.training.losses import Distillation
+        from deploycnn.training.settings import TrainingSettings
+
+        def train(best: Candidate) -> Candidate:
+            loss = Distillation(
+                teacher=model_to(float_teacher(model), ctx.device),
+                method="kd",
+                temperature=4.0,
+                alpha=1.0,
+                beta=0.0,
+                label_weight=0.0,
+            )
+            tuned = fine_tune(
+                engine.build(best),
+                best.model,
+                needed_data(ctx, "int8"),
+                TrainingSettings(epochs=self.qat_epochs, lr=2e-3, weight_decay=1e-5),
+                loss=loss,
+                ctx=ctx,
+                learn_scales=True,
+                parity_count=_PARITY_IMAGES,
+            )
+            return replace(best, graph=tuned.model)
+
+        return {_QAT: train}
+
     def _options(self) -> Options:
         from deploycnn.quantization.quantize import FLOAT_LAYERS, Options
 
@@ -151,12 +214,20 @@ class Int8(Pass):
             return Options(
                 calibrator="percentile",
                 exclude=self.exclude,
-                ladder=("mse", FLOAT_LAYERS),
+                ladder=(
+                    *("mse", "equalize", "correct_bias", "adaround", FLOAT_LAYERS),
+                    *((_QAT,) if self.qat_epochs else ()),
+                ),
                 max_top1_drop=_AUTO_BUDGET if self.max_top1_drop is None else self.max_top1_drop,
             )
         return Options(
             calibrator=self.calibrator,
             exclude=self.exclude,
+            remedies=tuple(
+                name
+                for name in ("equalize", "absorb_bias", "correct_bias", "adaround")
+                if getattr(self, name)
+            ),
             ladder=(FLOAT_LAYERS,),
             max_top1_drop=self.max_top1_drop,
         )

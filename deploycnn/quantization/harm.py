@@ -111,6 +111,7 @@ def do_no_harm(
     *,
     settings: Sequence[tuple[int, int]] | None = None,
     keep_float: Collection[str] = (),
+    whole: bool = False,
     budget_s: float = 2.0,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Unharmed:
@@ -125,6 +126,7 @@ def do_no_harm(
         settings: (batch size, threads) at which the model must not be slower; by default the stopwatch's own. The first
             one chooses blocks.
         keep_float: Nodes that stay float in any case.
+        whole: The graph cannot be built with other nodes in float (its weights are trained): it ships as it is or not.
         budget_s: Seconds of timing for each model of each race.
         tell: Told what is being done.
 
@@ -141,7 +143,7 @@ def do_no_harm(
     blocks = slower_blocks(model, float_ms, int8_ms)
     candidates = {
         name: fixed | {node for block in chosen for node in block.nodes}
-        for name, chosen in _proposals(blocks).items()
+        for name, chosen in ({} if whole else _proposals(blocks)).items()
     }
     paths = {FLOAT: float_path, FULL: full}
     for name, kept in candidates.items():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from deploycnn.core import Histogram, Json, Table
+from deploycnn.core import Stopwatch
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.metadata import get_metadata, set_metadata
 from deploycnn.graph.model import check_onnx, is_quantized, load_onnx, opset_of, save_onnx
@@ -18,15 +19,16 @@ from deploycnn.graph.probe import calibration_batches
 from deploycnn.models.onnx_macs import known_shapes, node_macs, with_shapes
 from deploycnn.quantization.engine import Engine
 from deploycnn.quantization.fusion import census
+from deploycnn.quantization.harm import Unharmed, do_no_harm
 from deploycnn.quantization.isa import detect_isa
 from deploycnn.quantization.judge import Judge, val_batches
-from deploycnn.quantization.layers import Layer, layer_table, value_sqnr
+from deploycnn.quantization.layers import layer_table, value_sqnr
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.quantize import Options, Quantized, Quantizer, Remedy, choose, ladder_table
-from deploycnn.quantization.settings import FusedCounts
+from deploycnn.quantization.quantize import Options, Quantized, Quantizer
+from deploycnn.quantization.record import Record, worst_histograms
+from deploycnn.quantization.remedies import Remedy, remedies
 from deploycnn.quantization.static import check_exclude, prepare
-from deploycnn.quantization.statistics import Statistics
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
 QUICK_IMAGES = 128
 #: Images on which each layer's noise is measured for the table.
 TABLE_IMAGES = 16
-#: Layers whose distribution is drawn.
-WORST_LAYERS = 6
-_DRAWN_BINS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,9 @@ class Job:
         calibration_images: How many calibrate.
         judge_images: How many judge; all where ``None``.
         percentile: For the calibrator of that name.
-        remedies: By name.
+        further_remedies: By name, for one engine and the float graph: what needs more than this room has.
+        stopwatch: Times graphs on the target; ``None`` where it cannot run here, or shall not decide.
+        scratch: Folder for candidates that are timed.
         seed: Of the choice of images.
         threads: CPU threads.
         progress: Told of the share done, and what is being done.
@@ -69,7 +70,9 @@ class Job:
     calibration_images: int = 512
     judge_images: int | None = None
     percentile: float = 99.999
-    remedies: Callable[[Engine], Mapping[str, Remedy]] = lambda _: {}
+    further_remedies: Callable[[Engine, ModelProto], Mapping[str, Remedy]] = lambda _engine, _model: {}
+    stopwatch: Stopwatch | None = None
+    scratch: Path = Path()
     seed: int = 0
     threads: int = 1
     progress: Callable[[float, float, str], None] = lambda _done, _total, _message: None
@@ -109,14 +112,69 @@ class Job:
             engine,
             judge=judge,
             quick_judge=quick,
-            remedies={"percentile": choose("percentile"), "mse": choose("mse"), **self.remedies(engine)},
+            remedies={
+                **remedies(engine, seed=self.seed, tell=self.progress),
+                **self.further_remedies(engine, model),
+            },
+            gains_ms=self._gains_ms,
             macs=macs,
             tell=lambda message: self.progress(0, 1, message),
         ).run(self.options)
+        harm = self._do_no_harm(model, engine, found, judge)
+        if harm is not None and harm.ship_float:
+            found.model = original
         set_metadata(found.model, get_metadata(original))
         check_onnx(found.model, f"{self.source}: its quantized graph")
         save_onnx(found.model, self.output)
-        return self._record(model, engine, found, macs)
+        return self._record(model, engine, found, macs, harm)
+
+    def _do_no_harm(
+        self, model: ModelProto, engine: Engine, found: Quantized, judge: Judge | None
+    ) -> Unharmed | None:
+        """Leave in float what is measured slower on integers."""
+        if self.stopwatch is None:
+            return None
+        candidate = found.candidate
+
+        def build(kept: Collection[str]) -> ModelProto:
+            return engine.build(replace(candidate, keep_float=candidate.keep_float | frozenset(kept)))
+
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            harm = do_no_harm(
+                self.source,
+                model,
+                build,
+                self.stopwatch,
+                Path(folder),
+                keep_float=candidate.keep_float,
+                # Trained weights and scales belong to one placement.
+                whole=candidate.graph is not None,
+                tell=lambda message: self.progress(0, 1, message),
+            )
+        if harm.keep_float and not harm.ship_float:
+            found.candidate = replace(candidate, keep_float=candidate.keep_float | harm.keep_float)
+            found.model = engine.build(found.candidate)
+            if judge is not None and self.options.max_top1_drop is not None:
+                found.judgement = judge(found.model)
+                found.met = found.judgement.within(self.options.max_top1_drop)
+        return harm
+
+    def _gains_ms(self, quantized: ModelProto) -> Mapping[str, float] | None:
+        """Float time minus integer time of each layer on the target."""
+        if self.stopwatch is None:
+            return None
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            path = Path(folder) / "int8.onnx"
+            save_onnx(quantized, path)
+            after, before = self._layer_ms(path), self._layer_ms(self.source)
+        return {name: before[name] - after[name] for name in after if name in before}
+
+    def _layer_ms(self, path: Path) -> Mapping[str, float]:
+        """Time of each node on the target; nothing where it cannot be told."""
+        if self.stopwatch is None:
+            return {}
+        batch_size, threads = self.stopwatch.settings[0]
+        return self.stopwatch.layer_ms(path, batch_size=batch_size, threads=threads)
 
     def _calibration(self) -> Iterable[npt.NDArray[np.float32]]:
         return calibration_batches(self.data, self.calibration_images, self.seed)
@@ -131,7 +189,14 @@ class Job:
             model, val_batches(self.data, images, self.seed), threads=self.threads, integers=self.integers
         )
 
-    def _record(self, model: ModelProto, engine: Engine, found: Quantized, macs: Mapping[str, int]) -> Record:
+    def _record(
+        self,
+        model: ModelProto,
+        engine: Engine,
+        found: Quantized,
+        macs: Mapping[str, int],
+        harm: Unharmed | None,
+    ) -> Record:
         candidate = found.candidate
         plan = engine.plan(candidate)
         seen = engine.calibration(candidate.model, plan)
@@ -150,17 +215,18 @@ class Job:
             sqnr_db=noise,
             fused=fused.layers if fused is not None else {},
             macs=macs,
-            int8_ms={},
-            float_ms={},
+            int8_ms=self._layer_ms(self.output),
+            float_ms=self._layer_ms(self.source),
         )
         return Record(
+            harm=harm,
             pack=self.pack,
             options=self.options,
             images=seen.images,
             quantized=found,
             ranges=ranges,
             layers=layers,
-            histograms=_histograms(ranges, seen.values, noise),
+            histograms=worst_histograms(ranges, seen.values, noise),
             quantized_nodes=len(plan.quantized_nodes),
             kept_float=plan.kept_float,
             opset=opset_of(found.model),
@@ -176,151 +242,3 @@ def layer_macs(model: ModelProto) -> dict[str, int]:
     shapes = known_shapes(typed)
     counts = {node.name: node_macs(node, shapes) for node in typed.graph.node}
     return {name: count for name, count in counts.items() if count}
-
-
-def _histograms(
-    ranges: Mapping[str, tuple[float, float]],
-    seen: Mapping[str, Statistics],
-    noise: Mapping[str, float],
-) -> tuple[Histogram, ...]:
-    """Distributions of the values with the least signal-to-noise ratio."""
-    worst = sorted((name for name in noise if name in seen), key=lambda name: noise[name])[:WORST_LAYERS]
-    found = []
-    for name in worst:
-        drawn = _drawn(name, seen[name], ranges[name])
-        if drawn is not None:
-            found.append(drawn)
-    return tuple(found)
-
-
-def _drawn(name: str, statistics: Statistics, bounds: tuple[float, float]) -> Histogram | None:
-    """The occupied part of a summary's histogram, in few bins."""
-    counts = statistics.counts
-    if counts is None or not counts.any():
-        return None
-    middle = len(counts) // 2
-    occupied = np.flatnonzero(counts)
-    first, last = int(occupied[0]), int(occupied[-1]) + 1
-    step = max(1, -(-(last - first) // _DRAWN_BINS))
-    first -= first % step
-    last += -last % step
-    padded = np.zeros(last - first, dtype=np.int64)
-    stop = min(last, len(counts))
-    padded[: stop - first] = counts[first:stop]
-    width = statistics.bin_width
-    return Histogram(
-        title=name,
-        start=(first - middle) * width,
-        stop=(last - middle) * width,
-        counts=tuple(int(count) for count in padded.reshape(-1, step).sum(axis=1)),
-        low=bounds[0],
-        high=bounds[1],
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """What a job did.
-
-    Attributes:
-        images: Calibration images that were run.
-        integers: Whether this CPU's integer kernels compute what the graph means.
-    """
-
-    pack: RulePack
-    options: Options
-    images: int
-    quantized: Quantized
-    ranges: Mapping[str, tuple[float, float]]
-    layers: tuple[Layer, ...]
-    histograms: tuple[Histogram, ...]
-    quantized_nodes: int
-    kept_float: Mapping[str, str]
-    opset: int
-    fused: FusedCounts | None
-    percentile: float
-    integers: bool
-
-    @property
-    def scheme(self) -> str:
-        """The scheme in words."""
-        activation, weight = self.pack.activation, self.pack.weight
-        form = "symmetric" if activation.symmetric else "asymmetric"
-        granularity = "per channel" if self.pack.per_channel else "per tensor"
-        return (
-            f"QDQ, activations {form} {activation.dtype} per tensor, "
-            f"weights symmetric {weight.bits}-bit {granularity}"
-        )
-
-    def to_json(self) -> Json:
-        """The record kept with the artifact: ranges are summed up, the five widest named."""
-        calibrator = self.quantized.candidate.calibrator
-        detail = f" {self.percentile:g}" if calibrator == "percentile" else ""
-        widest = sorted(self.ranges.items(), key=lambda item: item[1][0] - item[1][1])[:5]
-        found = {
-            "target": self.pack.target,
-            "scheme": self.scheme,
-            "calibrator": f"{calibrator}{detail}",
-            "images": self.images,
-            "ranges": {"values": len(self.ranges), "widest": {name: list(bounds) for name, bounds in widest}},
-            "quantized_nodes": self.quantized_nodes,
-            "float_compute_nodes": dict(self.kept_float),
-            "opset": self.opset,
-            "fused": None if self.fused is None else _without_layers(self.fused),
-            "isa": asdict(detect_isa()),
-            **self.quantized.to_json(),
-        }
-        if not self.integers and self.pack.style == "units":
-            found["note"] = "made for CPUs with VNNI; on this one 8-bit products saturate"
-        return found
-
-    def tables(self) -> list[Json]:
-        """The ladder, the layers and their sensitivities, for the report."""
-        found = []
-        if self.quantized.tried:
-            columns = ("rung", "kept", "top-1, points", "agreement, %", "SQNR, dB", "seconds", "why undone")
-            rows = tuple(ladder_table(self.quantized.tried))
-            found.append(Table(title="Repair ladder, judged on val", columns=columns, rows=rows))
-        found.append(_layer_rows(self.layers))
-        if self.quantized.sensitivities:
-            found.append(
-                Table(
-                    title="Sensitivity: each layer as the only one on integers",
-                    columns=("layer", "SQNR, dB", "top-1, points", "gain, ms", "MACs"),
-                    rows=tuple(
-                        (
-                            layer.node,
-                            layer.sqnr_db,
-                            None if layer.top1_drop is None else -100 * layer.top1_drop,
-                            layer.gain_ms,
-                            layer.macs,
-                        )
-                        for layer in sorted(self.quantized.sensitivities, key=lambda item: item.sqnr_db)
-                    ),
-                )
-            )
-        return [table.to_json() for table in found]
-
-
-def _without_layers(fused: FusedCounts) -> Json:
-    """The counts; the table of layers has the rest."""
-    found = asdict(fused)
-    del found["layers"]
-    return found
-
-
-def _layer_rows(layers: Iterable[Layer]) -> Table:
-    return Table(
-        title="Layers",
-        columns=(
-            "layer", "operator", "precision", "low", "high", "SQNR, dB", "fused", "MACs", "INT8, ms",
-            "float, ms", "why float",
-        ),
-        rows=tuple(
-            (
-                layer.node, layer.op, layer.precision, *(layer.range or (None, None)), layer.sqnr_db, layer.fused,
-                layer.macs, layer.int8_ms, layer.float_ms, layer.why,
-            )
-            for layer in layers
-        ),
-    )  # fmt: skip

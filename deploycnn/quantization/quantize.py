@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -10,14 +11,12 @@ from deploycnn.core import Json
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.judge import Judge, Judgement
 from deploycnn.quantization.ladder import Rung, Tried, climb
+from deploycnn.quantization.remedies import Remedy
 from deploycnn.quantization.sensitivity import Sensitivity, keep_within, measure_sensitivity
 from deploycnn.quantization.settings import Calibrator
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-#: From a candidate to a better one.
-Remedy = Callable[[Candidate], Candidate]
 
 #: The rung that keeps layers in float; it judges for itself.
 FLOAT_LAYERS = "float layers"
@@ -167,14 +166,16 @@ class Quantizer:
             macs=self._macs,
             progress=lambda done, total: self._tell(f"sensitivity of layer {done + 1} of {total}"),
         )
-        found = keep_within(self._budget, self._sensitivities, build, self._judge)
+        whole = self._judge
+        trials = itertools.count(1)
+
+        def tried(graph: ModelProto) -> Judgement:
+            self._tell(f"judging set {next(trials)} of layers in float")
+            return whole(graph)
+
+        found = keep_within(self._budget, self._sensitivities, build, tried)
         self._accuracy_float = found.keep_float
         return replace(best, keep_float=best.keep_float | found.keep_float)
-
-
-def choose(calibrator: Calibrator) -> Remedy:
-    """The remedy of choosing ranges otherwise."""
-    return lambda best: replace(best, calibrator=calibrator)
 
 
 def ladder_table(tried: Sequence[Tried]) -> list[tuple[str | float | bool | None, ...]]:

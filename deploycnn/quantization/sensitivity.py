@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Build = Callable[[Collection[str]], "ModelProto"]
 
 #: Candidates judged at most when layers are given back to the integers.
-_GIVE_BACK_TRIALS = 12
+_GIVE_BACK_TRIALS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ def keep_within(
     max_top1_drop: float,
     sensitivities: Sequence[Sensitivity],
     build: Build,
-    judge: Judge,
+    judge: Callable[[ModelProto], Judgement],
     *,
     always_float: Collection[str] = (),
 ) -> Mixed:

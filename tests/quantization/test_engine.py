@@ -15,7 +15,8 @@ from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.job import layer_macs
 from deploycnn.quantization.judge import EXACT_DB, Judge
 from deploycnn.quantization.layers import layer_table, value_sqnr
-from deploycnn.quantization.quantize import FLOAT_LAYERS, Options, Quantizer, choose
+from deploycnn.quantization.quantize import FLOAT_LAYERS, Options, Quantizer
+from deploycnn.quantization.remedies import choose, first_images, remedies
 from deploycnn.quantization.static import prepare
 from tests.graph.nets import Residual, images, randomized
 
@@ -153,3 +154,34 @@ def test_noise_of_a_value_is_that_of_numpy(model: ModelProto) -> None:
     assert value_sqnr(model, quantized, [name], [batch])[name] == pytest.approx(expected, abs=1e-4)
     assert value_sqnr(model, model, [name], [batch])[name] == EXACT_DB
     assert value_sqnr(model, quantized, ["no such value"], [batch]) == {}
+
+
+def test_every_remedy_gives_a_graph_that_computes_nearly_the_same(model: ModelProto) -> None:
+    engine = make()
+    judge = Judge(model, labelled(model), integers=False)
+    known = remedies(engine, seed=0, tell=lambda *_: None)
+    assert list(known) == ["percentile", "mse", "equalize", "absorb_bias", "correct_bias", "adaround"]
+    plain = Candidate(model=model, calibrator="minmax")
+    before = judge(engine.build(plain)).sqnr_db
+    for name in ("percentile", "mse", "equalize", "correct_bias", "adaround"):
+        after = known[name](plain)
+        assert judge(engine.build(after)).sqnr_db > before - 3.0, name
+    # One upon the other, as on the ladder.
+    best = plain
+    for name in ("mse", "equalize", "correct_bias", "adaround"):
+        best = known[name](best)
+    assert set(best.weights) == {item.initializer for item in engine.plan(best).weights}
+    assert judge(engine.build(best)).sqnr_db > before - 3.0
+
+
+def test_equal_seeds_round_equally(model: ModelProto) -> None:
+    known = remedies(make(), seed=3, tell=lambda *_: None)
+    plain = Candidate(model=model, calibrator="minmax")
+    first, second = (known["adaround"](plain).weights for _ in range(2))
+    assert all((first[name].integers == second[name].integers).all() for name in first)
+
+
+def test_the_first_images_are_those_of_the_calibration() -> None:
+    found = first_images(make(), 11)
+    assert (found == np.concatenate(calibration())[:11]).all()
+    assert len(first_images(make(), 1000)) == 16

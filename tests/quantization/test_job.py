@@ -1,0 +1,119 @@
+"""A whole quantization, with a stopwatch that says what a test wants to hear."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from deploycnn.core import Speed
+from deploycnn.errors import PassRequirementError
+from deploycnn.graph.export import export_onnx
+from deploycnn.graph.model import is_quantized, load_onnx, save_onnx
+from deploycnn.quantization import packs
+from deploycnn.quantization.harm import FLOAT
+from deploycnn.quantization.job import Job
+from deploycnn.quantization.quantize import FLOAT_LAYERS, Options
+from tests.graph.nets import Residual, randomized
+from tests.passes.onnx_support import pictures
+
+
+@dataclass
+class Stopwatch:
+    """Says that every graph but the float one has ``ratio``."""
+
+    ratio: float
+    runtime: str = "onnxruntime:cpu"
+    settings: tuple[tuple[int, int], ...] = ((1, 1),)
+    raced: list[list[str]] = field(default_factory=list)
+
+    def race(self, models: Mapping[str, Path], **_: object) -> dict[str, Speed]:
+        self.raced.append(list(models))
+        assert all(path.exists() for path in models.values())
+        return {
+            name: Speed(
+                median_ms=1.0,
+                ratio=1.0 if name == FLOAT else self.ratio,
+                low=1.0 if name == FLOAT else self.ratio - 0.05,
+                high=1.0 if name == FLOAT else self.ratio + 0.05,
+            )
+            for name in models
+        }
+
+    def layer_ms(self, model: Path, **_: object) -> dict[str, float]:
+        slow = is_quantized(load_onnx(model)) and self.ratio < 1
+        return {node.name: 2.0 if slow else 1.0 for node in load_onnx(model).graph.node}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("float") / "model.onnx"
+    save_onnx(export_onnx(randomized(Residual()), (3, 12, 12), opset=18, classes=["a"]), path)
+    return path
+
+
+def run(exported: Path, tmp_path: Path, options: Options, **changes: object):
+    output = tmp_path / "int8.onnx"
+    job = Job(
+        source=exported, output=output, pack=packs.get("onnxruntime-cpu"), options=options, data=pictures(),
+        calibration_images=20, scratch=tmp_path, **changes,
+    )  # fmt: skip
+    record = job.run()
+    text = json.dumps({"record": record.to_json(), "tables": record.tables()}, allow_nan=False)
+    return load_onnx(output), record, text
+
+
+def test_what_is_faster_on_integers_is_shipped(exported: Path, tmp_path: Path) -> None:
+    watch = Stopwatch(ratio=2.0)
+    model, record, text = run(exported, tmp_path, Options(calibrator="minmax"), stopwatch=watch)
+    assert is_quantized(model)
+    assert record.precision == "int8"
+    assert "2.00x" in record.to_json()["do_no_harm"]
+    assert all(layer.int8_ms == layer.float_ms == 1.0 for layer in record.layers)
+    assert "Integers against float in onnxruntime:cpu" in text
+    assert record.histograms
+
+
+def test_where_no_integer_graph_is_faster_float_is_returned_and_named(exported: Path, tmp_path: Path) -> None:
+    watch = Stopwatch(ratio=0.8)
+    model, record, _ = run(exported, tmp_path, Options(calibrator="minmax"), stopwatch=watch)
+    assert not is_quantized(model)
+    assert record.precision == "fp32"
+    assert model.graph == load_onnx(exported).graph
+    assert "float is returned" in record.to_json()["do_no_harm"]
+    assert len(watch.raced[0]) > 2, "blocks in float were tried"
+
+
+def test_without_a_stopwatch_it_says_that_nothing_was_timed(exported: Path, tmp_path: Path) -> None:
+    _, record, _ = run(exported, tmp_path, Options(calibrator="minmax"))
+    assert record.to_json()["do_no_harm"] == "not timed"
+    assert record.precision == "int8"
+
+
+def test_a_climb_is_told_rung_by_rung(exported: Path, tmp_path: Path) -> None:
+    options = Options(
+        calibrator="percentile",
+        ladder=("mse", "equalize", "correct_bias", FLOAT_LAYERS),
+        max_top1_drop=-1.0,
+    )
+    _, record, text = run(exported, tmp_path, options)
+    tried = record.quantized.tried
+    assert [step.rung for step in tried] == ["percentile", *options.ladder]
+    assert record.quantized.met is False
+    assert "Repair ladder, judged on val" in text
+    assert "Sensitivity" in text
+    assert record.to_json()["judged"]["images"] == 20
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(exported: Path, tmp_path: Path) -> None:
+    _, _, _ = run(exported, tmp_path, Options(calibrator="minmax"))
+    again = tmp_path / "again"
+    again.mkdir()
+    with pytest.raises(PassRequirementError, match="already quantized"):
+        run(tmp_path / "int8.onnx", again, Options(calibrator="minmax"))
+    with pytest.raises(PassRequirementError, match='no node "nowhere"'):
+        run(exported, again, Options(calibrator="minmax", exclude=("nowhere",)))
+    assert not list(again.iterdir())
