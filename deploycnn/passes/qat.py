@@ -23,7 +23,7 @@ _PARITY_IMAGES = 512
 class Qat(TrainingSettings, Pass):
     """Quantization-aware training of exactly the graph that is deployed, taught by the float graph it came from.
 
-    Put it behind ``int8`` or ``w4a8``. Weights, and where asked for scales, change; nodes do not. LSQ: Esser et al.
+    Put it behind ``int8``. Weights, and where asked for scales, change; nodes do not. LSQ: Esser et al.
     2020; distillation: Hinton et al. 2015.
 
     Raises:
@@ -69,7 +69,7 @@ class Qat(TrainingSettings, Pass):
         """Refuse what is not quantized."""
         if source.facts.precision in {"fp32", "fp16", "bf16"}:
             raise PassRequirementError(
-                f"qat: the model is {source.facts.precision}, not quantized; put int8 or w4a8 before it"
+                f"qat: the model is {source.facts.precision}, not quantized; put int8 before it"
             )
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
