@@ -54,6 +54,27 @@ def essence(out: Path) -> dict[str, Any]:
     }
 
 
+def kill(out: Path, full: bool, moments: random.Random, duration: float) -> tuple[float, float]:
+    """Start a run and kill it; the moment, and how long a run takes.
+
+    A run that ended before its moment was not killed: it says how long runs take now, and another one is started.
+    """
+    while True:
+        moment = moments.uniform(0, duration)
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command(out, full), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            process.wait(timeout=moment)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return moment, duration
+        duration = time.monotonic() - started
+        shutil.rmtree(out, ignore_errors=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
@@ -71,18 +92,7 @@ def main() -> int:
         print(f"undisturbed: {duration:.0f} s, {len(expected['models'])} artifacts")
         for number in range(1, arguments.kills + 1):
             out = Path(folder) / f"killed-{number}"
-            moment = moments.uniform(0, duration)
-            process = subprocess.Popen(
-                command(out, arguments.full),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            try:
-                process.wait(timeout=moment)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            moment, duration = kill(out, arguments.full, moments, duration)
             finished = {path.parent for path in out.glob("artifacts/*/manifest.json")}
             times = {path: (path / "manifest.json").stat().st_mtime_ns for path in finished}
             again = subprocess.run(command(out, arguments.full), capture_output=True, text=True, check=False)
