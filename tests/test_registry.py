@@ -12,10 +12,10 @@ from deploycnn import registry
 from deploycnn.errors import RecipeError
 
 EXPECTED = {
-    "pass": {"train", "prune", "distill", "export", "fp16", "int8"},
+    "pass": {"to_torch", "train", "prune", "distill", "export", "fp16", "int8", "qat", "build_engine"},
     "source": {"zoo", "torchvision", "timm", "checkpoint", "entrypoint", "onnx"},
     "data": {"digits", "imagefolder", "cifar10"},
-    "runtime": {"onnxruntime", "openvino", "pytorch"},
+    "runtime": {"onnxruntime", "openvino", "pytorch", "tensorrt"},
 }
 
 

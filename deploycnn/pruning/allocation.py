@@ -130,6 +130,33 @@ def allocate(found: Sequence[Ladder], pruning_ratio: float, scope: Scope) -> lis
     return steps
 
 
+def give_back(found: Sequence[Ladder], steps: Sequence[int], fits: Callable[[list[int]], bool]) -> list[int]:
+    """Undo steps that a goal does not need, the most important first.
+
+    A goal is crossed by one block, and where that one is large (the channels of a whole residual stream) more is
+    gone than was asked for.
+
+    Args:
+        found: All ladders.
+        steps: Of ``allocate``.
+        fits: Whether other steps meet the goal too.
+    """
+    kept = list(steps)
+    undoable = {index for index, ladder in enumerate(found) if ladder.ratio is None and kept[index]}
+    while undoable:
+        lower = {index: found[index].steps[found[index].steps.index(kept[index]) - 1] for index in undoable}
+        index = max(
+            undoable,
+            key=lambda i: (float(found[i].importance[lower[i] : kept[i]].mean()), -i),
+        )
+        trial = [*kept[:index], lower[index], *kept[index + 1 :]]
+        if fits(trial):
+            kept = trial
+        if kept[index] != lower[index] or not kept[index]:
+            undoable.discard(index)
+    return kept
+
+
 def chosen(
     groups: Sequence[ChannelGroup], found: Sequence[Ladder], steps: Sequence[int]
 ) -> list[tuple[ChannelGroup, IntArray]]:

@@ -17,6 +17,7 @@ from deploycnn.pruning.allocation import (
     Scope,
     allocate,
     chosen,
+    give_back,
     ladders,
     ratio_for_macs,
     ratios_of,
@@ -185,26 +186,34 @@ def _losses(
 ) -> list[tuple[ChannelGroup, IntArray]]:
     """The channels that each group loses."""
 
-    def at(ratio: float) -> list[tuple[ChannelGroup, IntArray]]:
-        return chosen(structure.groups, found, allocate(found, ratio, goal.scope))
+    def lost(steps: Sequence[int]) -> list[tuple[ChannelGroup, IntArray]]:
+        return chosen(structure.groups, found, steps)
 
     if goal.pruning_ratio is not None:
-        return at(goal.pruning_ratio)
+        return lost(allocate(found, goal.pruning_ratio, goal.scope))
     if goal.macs_ratio is None:
         raise TypeError("a goal needs pruning_ratio or macs_ratio")
     by_layer = macs_by_layer(model, images)
     fixed = macs - sum(by_layer.values())  # what other operators compute does not shrink here
 
-    def macs_at(ratio: float) -> int:
-        return fixed + macs_after(model, by_layer, removals(at(ratio)))
+    limit = int(goal.macs_ratio * macs)
 
-    ratio = ratio_for_macs(macs_at, int(goal.macs_ratio * macs))
+    def macs_with(steps: Sequence[int]) -> int:
+        return fixed + macs_after(model, by_layer, removals(lost(steps)))
+
+    def macs_at(ratio: float) -> int:
+        return macs_with(allocate(found, ratio, goal.scope))
+
+    ratio = ratio_for_macs(macs_at, limit)
     if ratio is None:
         raise PassRequirementError(
             f"prune.macs_ratio: {goal.macs_ratio:g} is out of reach, the least is {macs_at(1.0) / macs:.4f}; "
             "raise it or max_ratio, or lower round_to"
         )
-    return at(ratio)
+    steps = allocate(found, ratio, goal.scope)
+    if goal.scope == "global":
+        steps = give_back(found, steps, lambda trial: macs_with(trial) <= limit)
+    return lost(steps)
 
 
 def _check_surgery(model: nn.Module, images: Tensor, cuts: Removals, structure: Structure) -> None:

@@ -1,9 +1,9 @@
 """4-bit weights that are stored two to a byte and computed with by 8-bit kernels.
 
-DequantizeLinear of INT4 (operator set 21) runs in onnxruntime and OpenVINO, but neither fuses it: the convolution
-behind it then computes in float, and dequantizes its weights at every call (onnxruntime 1.32, OpenVINO 2026.4,
-measured). A Cast to INT8 in front of DequantizeLinear is folded when the file is loaded: the file keeps its 4-bit
-size, and the graph that runs is the 8-bit one, at its speed. Numbers are the same.
+DequantizeLinear of INT4 (operator set 21) runs in onnxruntime and OpenVINO, but onnxruntime 1.32 does not fuse it: the
+convolution behind it then computes in float. A Cast to INT8 in front of DequantizeLinear is folded when the file is
+loaded: the file keeps its 4-bit size, and onnxruntime runs the 8-bit graph. Numbers are the same; in OpenVINO only
+these were compared, not the speed.
 """
 
 from __future__ import annotations

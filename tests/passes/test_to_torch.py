@@ -188,7 +188,8 @@ def test_a_foreign_file_goes_the_whole_way(tmp_path: Path) -> None:
                 {"prune": {"pruning_ratio": 0.25, "round_to": 2}},
                 {"distill": {"teacher": "fp32", "epochs": 1}},
                 "export",
-                {"int8": {"calibration_images": 64}},
+                # What this machine's timing says of so small a net is not what is tested.
+                {"int8": {"calibration_images": 64, "do_no_harm": False}},
             ],
         },
         "profile": {

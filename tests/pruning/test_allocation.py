@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploycnn.pruning.allocation import Ladder, allocate, chosen, ladders, ratio_for_macs, ratios_of
+from deploycnn.pruning.allocation import (
+    Ladder,
+    allocate,
+    chosen,
+    give_back,
+    ladders,
+    ratio_for_macs,
+    ratios_of,
+)
 from deploycnn.pruning.groups import ChannelGroup, Unit
 
 
@@ -190,3 +198,26 @@ def test_ratio_for_macs_is_the_smallest_that_suffices() -> None:
     assert ratio_for_macs(macs_at, 550) == found
     assert ratio_for_macs(macs_at, 199) is None
     assert macs_at(ratio_for_macs(macs_at, 200)) == 200
+
+
+@given(st.integers(0, 50), st.floats(0.1, 0.95))
+def test_what_a_goal_does_not_need_is_given_back(seed: int, share: float) -> None:
+    widths = [16, 32, 64, 24]
+    _, found = climb(widths, random_scores(widths, seed))
+    # Channels cost unequally, as those of a stream that many layers share.
+    costs = [40, 1, 2, 3]
+
+    def cost(steps: list[int]) -> float:
+        return sum(c * (w - step) for c, w, step in zip(costs, widths, steps, strict=True))
+
+    limit = share * cost([0] * 4)
+    steps = allocate(found, 0.6, "global")
+    if cost(steps) > limit:
+        return
+    kept = give_back(found, steps, lambda trial: cost(trial) <= limit)
+    assert cost(kept) <= limit
+    assert all(new <= old for new, old in zip(kept, steps, strict=True))
+    for index, ladder in enumerate(found):
+        if kept[index]:
+            lower = ladder.steps[ladder.steps.index(kept[index]) - 1]
+            assert cost([*kept[:index], lower, *kept[index + 1 :]]) > limit, "one more could be given back"
