@@ -51,7 +51,7 @@ def measure(given: argparse.Namespace, count: int) -> dict[str, object]:
     from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
     from deploycnn.quantization.insertion import build
     from deploycnn.quantization.placement import place
-    from deploycnn.quantization.static import prepare
+    from deploycnn.quantization.preparation import prepare
 
     def images() -> Iterator[np.ndarray]:
         rng = np.random.default_rng(0)

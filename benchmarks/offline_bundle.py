@@ -6,11 +6,11 @@ Here, with network::
 
 There, with Python alone (``bundle.py`` is this very file)::
 
-    python3 bundle/bundle.py run --venv /tmp/deploycnn-venv -- --out /tmp/results
+    python3 bundle/bundle.py run --venv /tmp/deploycnn-venv -- tensorrt_build.py --out /tmp/results
 
 ``run`` checks every file's sha256, joins what was split, makes a virtual environment, installs from the folder only
-(``--no-index``), runs ``pytest -m gpu`` and then ``benchmarks/gpu.py`` with what follows ``--``. ``--host-torch`` uses
-the host's own torch and torchvision (the CUDA build there is large): make the bundle with it as well.
+(``--no-index``), runs ``pytest -m gpu`` and then the script of ``benchmarks/`` that follows ``--``, if any.
+``--host-torch`` uses the host's own torch and torchvision (the CUDA build is large): make the bundle with it as well.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for name, text in (("verify", "check every file's sha256"), ("join", "... and join what was split"),
                        ("install", "... and install into a virtual environment"),
-                       ("run", "... and run the GPU tests and benchmarks/gpu.py")):  # fmt: skip
+                       ("run", "... and run the GPU tests, and a benchmark behind --")):  # fmt: skip
         command = commands.add_parser(name, help=text)
         command.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent)
         if name in ("install", "run"):
@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--host-torch", action="store_true", help="use this Python's own torch")
         if name == "run":
             command.add_argument("--pytest", default="-m gpu", help="arguments for pytest")
-            command.add_argument("benchmark", nargs="*", help="arguments for benchmarks/gpu.py, behind --")
+            command.add_argument(
+                "benchmark", nargs="*", help="a script of benchmarks/ and its arguments, behind --"
+            )
     options = parser.parse_args(arguments)
     try:
         return {"make": _make, "verify": _verify, "join": _join, "install": _install, "run": _run}[
@@ -352,10 +354,14 @@ def _run(options: argparse.Namespace) -> int:
     tests = subprocess.run(
         [str(python), "-m", "pytest", *options.pytest.split()], cwd=source, check=False
     ).returncode
+    print(f"pytest {options.pytest}: exit code {tests}")
+    if not options.benchmark:
+        return tests
+    script, *arguments = options.benchmark
     bench = subprocess.run(
-        [str(python), str((source / "benchmarks" / "gpu.py").absolute()), *options.benchmark], check=False
+        [str(python), str((source / "benchmarks" / script).absolute()), *arguments], check=False
     ).returncode
-    print(f"pytest {options.pytest}: exit code {tests}; benchmarks/gpu.py: exit code {bench}")
+    print(f"benchmarks/{script}: exit code {bench}")
     return tests or bench
 
 

@@ -37,7 +37,7 @@ from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.equalization import equalize, rescale
 from deploycnn.quantization.judge import Judge, Judgement, Labelled, val_batches
 from deploycnn.quantization.packs import RulePack
-from deploycnn.quantization.static import prepare
+from deploycnn.quantization.preparation import prepare
 
 PREPROCESSING = {
     "size": [32, 32], "resize": "squash", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],

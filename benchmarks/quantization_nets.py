@@ -13,11 +13,11 @@ import torchvision
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import load_onnx, save_onnx
 from deploycnn.quantization import packs
+from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.isa import detect_isa
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.settings import Int8Settings
-from deploycnn.quantization.static import calibrate, prepare
+from deploycnn.quantization.preparation import prepare
 
 NETS = (
     "resnet18", "resnet50", "vgg16", "googlenet", "densenet121", "mobilenet_v2", "mobilenet_v3_large",
@@ -76,9 +76,8 @@ def make_ours(name: str, target: str, folder: Path) -> Path:
         pack = packs.get(target, detect_isa())
         model = prepare(load_onnx(make_float(name, folder)), pack)
         plan = place(model, pack)
-        ranges, _ = calibrate(
-            model, plan, [images(CALIBRATION_IMAGES)], Int8Settings(target=target, threads=2)
-        )
+        seen = calibrate(model, [images(CALIBRATION_IMAGES)], values=values_of(plan), threads=2)
+        ranges = choose_ranges(plan, seen)
         save_onnx(build(model, plan, ranges), path)
     return path
 

@@ -187,7 +187,10 @@ class Stopwatch(Protocol):
         ...
 
     def layer_ms(self, model: Path, *, batch_size: int, threads: int) -> Mapping[str, float]:
-        """Median milliseconds of each node that the runtime ran, by name, in the order in which they ran."""
+        """Median milliseconds of each node that the runtime ran, by name, in the order in which they ran.
+
+        Nothing where the runtime tells no times of single nodes.
+        """
         ...
 
 

@@ -183,7 +183,9 @@ def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
 
     spec = recipe.target.runtimes[0]
-    if not create(spec).availability().ok:
+    runtime = create(spec)
+    # Engines are built behind the passes that would be timed: nothing can race there yet.
+    if "onnx" not in runtime.accepts or not runtime.availability().ok:
         return None
     threads = [available_threads() if item == "all" else int(item) for item in recipe.profile.threads]
     return RuntimeStopwatch(

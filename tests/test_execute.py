@@ -122,3 +122,23 @@ def test_a_pass_is_told_what_its_input_was_made_from(tmp_path: Path, monkeypatch
     assert seen["Tune"] == ["m seed 0"]
     assert seen["Export"][0] == "m seed 0"
     assert len(seen["Export"]) == 2
+
+
+def test_passes_get_a_stopwatch_only_where_onnx_files_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deploycnn.execute import stopwatch
+    from deploycnn.runtimes.base import Availability
+
+    class Runtime:
+        def __init__(self, accepts: tuple[str, ...], ok: bool) -> None:
+            self.accepts = accepts
+            self.ok = ok
+
+        def availability(self) -> Availability:
+            return Availability(ok=self.ok)
+
+    recipe = recipes.parse({"source": {"model": "m"}, "variants": {"fp32": ["export"]}}, base=Path())
+    found = []
+    for runtime in (Runtime(("onnx",), True), Runtime(("onnx",), False), Runtime(("engine",), True)):
+        monkeypatch.setattr("deploycnn.execute.create", lambda _, it=runtime: it)
+        found.append(stopwatch(recipe, None) is not None)
+    assert found == [True, False, False]

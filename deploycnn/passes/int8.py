@@ -133,7 +133,9 @@ class Int8(Pass):
             RuntimeUnavailable: onnxruntime is not installed.
         """
         from deploycnn.graph.model import load_onnx, runtime_inputs, tensor_specs
+        from deploycnn.graph.probe import calibration_batches
         from deploycnn.quantization.job import Job
+        from deploycnn.quantization.judge import val_batches
 
         if ctx.data is None:
             raise PassRequirementError("int8: calibration needs images; name `data` in the recipe")
@@ -144,8 +146,9 @@ class Int8(Pass):
             output=path,
             pack=self._pack(ctx.target if self.rules == "target" else self.rules),
             options=self._options(),
-            data=ctx.data,
-            calibration_images=self.calibration_images,
+            images=partial(calibration_batches, ctx.data, self.calibration_images, ctx.seed),
+            total=min(self.calibration_images, len(ctx.data.dataset.train)),
+            judging=partial(val_batches, ctx.data, seed=ctx.seed) if len(ctx.data.dataset.val) else None,
             judge_images=self.judge_images,
             percentile=self.percentile,
             further_remedies=partial(self._training, ctx),

@@ -84,8 +84,8 @@ class Qat(TrainingSettings, Pass):
         """
         from deploycnn.graph.metadata import get_metadata, set_metadata
         from deploycnn.graph.model import check_onnx, load_onnx, runtime_inputs, save_onnx, tensor_specs
+        from deploycnn.quantization.preparation import prepare
         from deploycnn.quantization.qat import fine_tune
-        from deploycnn.quantization.static import prepare
         from deploycnn.training.artifact import needed_data, val_top1
         from deploycnn.training.device import model_to
         from deploycnn.training.losses import Distillation

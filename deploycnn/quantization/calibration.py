@@ -15,9 +15,8 @@ from deploycnn.graph.observe import float_values, observe, refuse_not_finite
 from deploycnn.quantization import statistics
 from deploycnn.quantization.insertion import ranges_needed
 from deploycnn.quantization.ranges import choose_range
-from deploycnn.quantization.settings import Calibrator
 from deploycnn.quantization.statistics import Statistics
-from deploycnn.quantization.types import Plan, Range
+from deploycnn.quantization.types import Calibrator, Plan, Range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,7 @@ from deploycnn.quantization.calibration import Calibration, calibrate, choose_ra
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.settings import Calibrator
-from deploycnn.quantization.types import IntegerWeight, Plan, Range
+from deploycnn.quantization.types import Calibrator, IntegerWeight, Plan, Range
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import re
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploycnn.graph.model import load_onnx
 from deploycnn.optional import require
-from deploycnn.quantization.settings import FusedCounts
 from deploycnn.quantization.structure import COMPUTE
 
 #: onnxruntime's names for float convolutions and matrix products, whatever layout they were moved to.
@@ -37,6 +38,28 @@ _TOKEN = re.compile(r"_token_\d+$")
 _OPENVINO_COMPUTE = frozenset({"Convolution", "FullyConnected", "MatMul", "Deconvolution"})
 _OPENVINO_STRAY = frozenset({"FakeQuantize", "Convert"})
 _OPENVINO_INTEGER = frozenset({"u8", "i8"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedCounts:
+    """What a runtime makes of a Q/DQ graph on this machine.
+
+    Attributes:
+        quantized: Operators that compute on integers (``QLinearConv``, ``QGemm``, ...); for OpenVINO,
+            convolutions and matrix products that do.
+        stray: Q/DQ nodes left over.
+        float_compute: Convolutions and matrix products left in float.
+        by_operator: Count of every operator in the optimized graph.
+        runtime: "onnxruntime" or "openvino".
+        layers: Whether each convolution and matrix product of the file computes on integers, by node name.
+    """
+
+    quantized: int
+    stray: int
+    float_compute: int
+    by_operator: Mapping[str, int]
+    runtime: str = "onnxruntime"
+    layers: Mapping[str, bool] = field(default_factory=dict)
 
 
 def census(path: Path, target: str) -> FusedCounts | None:

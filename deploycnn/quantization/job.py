@@ -8,32 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from deploycnn.core import Stopwatch
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.metadata import get_metadata, set_metadata
 from deploycnn.graph.model import check_onnx, is_quantized, load_onnx, opset_of, save_onnx
-from deploycnn.graph.probe import calibration_batches
 from deploycnn.models.onnx_macs import known_shapes, node_macs, with_shapes
-from deploycnn.quantization.engine import Engine
+from deploycnn.quantization.engine import Engine, Images
 from deploycnn.quantization.fusion import census
 from deploycnn.quantization.harm import Unharmed, do_no_harm
 from deploycnn.quantization.isa import detect_isa
-from deploycnn.quantization.judge import Judge, val_batches
+from deploycnn.quantization.judge import Judge, Labelled
 from deploycnn.quantization.layers import layer_table, value_sqnr
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
+from deploycnn.quantization.preparation import check_exclude, prepare
 from deploycnn.quantization.quantize import Options, Quantized, Quantizer
 from deploycnn.quantization.record import Record, worst_histograms
 from deploycnn.quantization.remedies import Remedy, remedies
-from deploycnn.quantization.static import check_exclude, prepare
+from deploycnn.quantization.structure import COMPUTE
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-    from deploycnn.data.base import Data
 
 #: Validation images on which layers are judged one by one: enough for a ratio of powers, not for top-1.
 QUICK_IMAGES = 128
@@ -50,14 +45,16 @@ class Job:
         output: Where the quantized file goes.
         pack: The target's rules.
         options: What is asked.
-        data: Images: training ones calibrate, validation ones judge.
-        calibration_images: How many calibrate.
+        images: Calibration images.
+        total: How many these are.
+        judging: From a number of images (``None``: all) to labelled validation images that judge; ``None`` where there
+            are none: nothing is judged then, and no layer's noise measured.
         judge_images: How many judge; all where ``None``.
         percentile: For the calibrator of that name.
         further_remedies: By name, for one engine and the float graph: what needs more than this room has.
         stopwatch: Times graphs on the target; ``None`` where it cannot run here, or shall not decide.
         scratch: Folder for candidates that are timed.
-        seed: Of the choice of images.
+        seed: Of what remedies learn.
         threads: CPU threads.
         progress: Told of the share done, and what is being done.
     """
@@ -66,8 +63,9 @@ class Job:
     output: Path
     pack: RulePack
     options: Options
-    data: Data
-    calibration_images: int = 512
+    images: Images
+    total: int
+    judging: Callable[[int | None], Callable[[], Iterable[Labelled]]] | None = None
     judge_images: int | None = None
     percentile: float = 99.999
     further_remedies: Callable[[Engine, ModelProto], Mapping[str, Remedy]] = lambda _engine, _model: {}
@@ -96,16 +94,16 @@ class Job:
             raise PassRequirementError(
                 f"{self.source}: no convolution or matrix product to quantize; leave the pass out"
             )
-        total = min(self.calibration_images, len(self.data.dataset.train))
         engine = Engine(
             self.pack,
-            self._calibration,
+            self.images,
             percentile=self.percentile,
             threads=self.threads,
-            progress=lambda done: self.progress(done, total, "calibrating"),
+            progress=lambda done: self.progress(done, self.total, "calibrating"),
         )
         macs = layer_macs(model)
-        judge = self._judge(model, self.judge_images) if self.options.max_top1_drop is not None else None
+        judged = self.options.max_top1_drop is not None
+        judge = self._judge(model, self.judge_images) if judged else None
         quick = self._judge(model, QUICK_IMAGES) if judge and self.options.ladder else None
         found = Quantizer(
             model,
@@ -176,18 +174,17 @@ class Job:
         batch_size, threads = self.stopwatch.settings[0]
         return self.stopwatch.layer_ms(path, batch_size=batch_size, threads=threads)
 
-    def _calibration(self) -> Iterable[npt.NDArray[np.float32]]:
-        return calibration_batches(self.data, self.calibration_images, self.seed)
-
     @property
     def integers(self) -> bool:
         """Whether this CPU's integer kernels compute what the graph means."""
         return self.pack.style == "units" and (self.pack.weight.reduced or not detect_isa().saturates)
 
     def _judge(self, model: ModelProto, images: int | None) -> Judge:
-        return Judge(
-            model, val_batches(self.data, images, self.seed), threads=self.threads, integers=self.integers
-        )
+        if self.judging is None:
+            raise PassRequirementError(
+                "an accuracy budget needs validation images; give data with a val split"
+            )
+        return Judge(model, self.judging(images), threads=self.threads, integers=self.integers)
 
     def _record(
         self,
@@ -202,15 +199,18 @@ class Job:
         seen = engine.calibration(candidate.model, plan)
         ranges = engine.ranges(candidate)
         values = [name for name in ranges if name in seen.values]
-        self.progress(0, 1, "measuring the noise of each layer")
-        batches = val_batches(self.data, TABLE_IMAGES, self.seed)
-        noise = value_sqnr(
-            model, found.model, values, (images for images, _ in batches()), threads=self.threads
-        )
+        noise: dict[str, float] = {}
+        if self.judging is not None:
+            self.progress(0, 1, "measuring the noise of each layer")
+            batches = self.judging(TABLE_IMAGES)()
+            noise = value_sqnr(
+                model, found.model, values, (images for images, _ in batches), threads=self.threads
+            )
         fused = census(self.output, self.pack.target)
+        kept_float = _why_float(candidate.model, plan.kept_float, found, harm)
         layers = layer_table(
             candidate.model,
-            kept_float=plan.kept_float,
+            kept_float=kept_float,
             ranges=ranges,
             sqnr_db=noise,
             fused=fused.layers if fused is not None else {},
@@ -227,8 +227,8 @@ class Job:
             ranges=ranges,
             layers=layers,
             histograms=worst_histograms(ranges, seen.values, noise),
-            quantized_nodes=len(plan.quantized_nodes),
-            kept_float=plan.kept_float,
+            quantized_nodes=() if harm is not None and harm.ship_float else plan.quantized_nodes,
+            kept_float=kept_float,
             opset=opset_of(found.model),
             fused=fused,
             percentile=self.percentile,
@@ -242,3 +242,20 @@ def layer_macs(model: ModelProto) -> dict[str, int]:
     shapes = known_shapes(typed)
     counts = {node.name: node_macs(node, shapes) for node in typed.graph.node}
     return {name: count for name, count in counts.items() if count}
+
+
+def _why_float(
+    model: ModelProto, placed: Mapping[str, str], found: Quantized, harm: Unharmed | None
+) -> dict[str, str]:
+    """Why each convolution or matrix product is float in what ships: placement only knows that it was asked to."""
+    kept = dict(placed)
+    if harm is not None and harm.ship_float:
+        return {
+            node.name: kept.get(node.name, "no integer graph was faster")
+            for node in model.graph.node
+            if node.op_type in COMPUTE
+        }
+    reasons = dict.fromkeys(found.accuracy_float, "too sensitive for the accuracy budget")
+    if harm is not None:
+        reasons |= dict.fromkeys(harm.keep_float, "its block was measured slower on integers")
+    return {name: reasons.get(name, why) for name, why in kept.items()}

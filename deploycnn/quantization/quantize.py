@@ -13,7 +13,7 @@ from deploycnn.quantization.judge import Judge, Judgement
 from deploycnn.quantization.ladder import Rung, Tried, climb
 from deploycnn.quantization.remedies import Remedy
 from deploycnn.quantization.sensitivity import Sensitivity, keep_within, measure_sensitivity
-from deploycnn.quantization.settings import Calibrator
+from deploycnn.quantization.types import Calibrator
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from deploycnn.quantization.settings import Calibrator
 from deploycnn.quantization.statistics import BINS, Statistics
-from deploycnn.quantization.types import NumberFormat, Range
+from deploycnn.quantization.types import Calibrator, NumberFormat, Range
 
 __all__ = ["choose_range", "entropy_range", "mse_range", "percentile_range", "squared_error"]
 

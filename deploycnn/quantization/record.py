@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from deploycnn.core import Histogram, Json, Table
+from deploycnn.quantization.fusion import FusedCounts
 from deploycnn.quantization.harm import Unharmed
 from deploycnn.quantization.isa import detect_isa
 from deploycnn.quantization.layers import Layer
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.quantize import Options, Quantized, ladder_table
-from deploycnn.quantization.settings import FusedCounts
 from deploycnn.quantization.statistics import Statistics
 
 #: Layers whose distribution is drawn.
@@ -38,7 +38,7 @@ class Record:
     ranges: Mapping[str, tuple[float, float]]
     layers: tuple[Layer, ...]
     histograms: tuple[Histogram, ...]
-    quantized_nodes: int
+    quantized_nodes: tuple[str, ...]
     kept_float: Mapping[str, str]
     opset: int
     fused: FusedCounts | None
@@ -73,7 +73,7 @@ class Record:
             "calibrator": f"{calibrator}{detail}",
             "images": self.images,
             "ranges": {"values": len(self.ranges), "widest": {name: list(bounds) for name, bounds in widest}},
-            "quantized_nodes": self.quantized_nodes,
+            "quantized_nodes": len(self.quantized_nodes),
             "float_compute_nodes": dict(self.kept_float),
             "opset": self.opset,
             "fused": None if self.fused is None else _without_layers(self.fused),

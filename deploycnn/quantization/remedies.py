@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploycnn.quantization.engine import Candidate, Engine
-from deploycnn.quantization.settings import Calibrator
+from deploycnn.quantization.types import Calibrator
 
 #: From a candidate to a better one.
 Remedy = Callable[[Candidate], Candidate]

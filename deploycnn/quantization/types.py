@@ -14,6 +14,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+#: How a value's range is chosen from what calibration saw (see ``ranges.choose_range``).
+Calibrator = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
+
 Dtype = Literal["uint8", "int8", "int4", "uint4"]
 
 #: (low, high) of a value in real units; low <= 0 <= high.

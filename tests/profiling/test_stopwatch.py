@@ -70,11 +70,9 @@ def test_open_image_sizes_take_the_stated_one(tmp_path: Path) -> None:
     assert "conv0" in watch.layer_ms(path, batch_size=1, threads=1)
 
 
-def test_a_runtime_without_an_account_of_nodes_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeUnavailable, match="tells no times of single nodes"):
-        RuntimeStopwatch(runtime="onnxruntime:cuda").layer_ms(
-            save(tmp_path / "m.onnx"), batch_size=1, threads=1
-        )
+def test_a_runtime_without_an_account_of_nodes_gives_none(tmp_path: Path) -> None:
+    watch = RuntimeStopwatch(runtime="onnxruntime:cuda")
+    assert watch.layer_ms(save(tmp_path / "m.onnx"), batch_size=1, threads=1) == {}
 
 
 def test_what_cannot_be_timed_is_named(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from deploycnn.quantization import packs
 from deploycnn.quantization.adaround import Rounded, adaround
 from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.placement import place
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.reconstruction import find_layers
 from deploycnn.quantization.rounding import Problem, Settings
-from deploycnn.quantization.static import prepare
 from deploycnn.quantization.types import NumberFormat, Plan, Ranges
 from tests.graph.nets import Residual, images, randomized
 

@@ -15,9 +15,9 @@ from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.job import layer_macs
 from deploycnn.quantization.judge import EXACT_DB, Judge
 from deploycnn.quantization.layers import layer_table, value_sqnr
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.quantize import FLOAT_LAYERS, Options, Quantizer
 from deploycnn.quantization.remedies import choose, first_images, remedies
-from deploycnn.quantization.static import prepare
 from tests.graph.nets import Residual, images, randomized
 
 SHAPE = (3, 12, 12)

@@ -24,7 +24,7 @@ from deploycnn.quantization.insertion import activation_parameters, build, range
 from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.static import prepare
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.types import IntegerWeight, NumberFormat, Range
 from deploycnn.quantization.weights import quantize_weight
 from tests.graph.nets import Weights, graph, images, operators

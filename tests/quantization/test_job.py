@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ from deploycnn.core import Speed
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import is_quantized, load_onnx, save_onnx
+from deploycnn.graph.probe import calibration_batches
 from deploycnn.quantization import packs
 from deploycnn.quantization.harm import FLOAT
 from deploycnn.quantization.job import Job
+from deploycnn.quantization.judge import val_batches
 from deploycnn.quantization.quantize import FLOAT_LAYERS, Options
 from tests.graph.nets import Residual, randomized
 from tests.passes.onnx_support import pictures
+
+DATA = pictures()
 
 
 @dataclass
@@ -57,10 +62,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(exported: Path, tmp_path: Path, options: Options, **changes: object):
     output = tmp_path / "int8.onnx"
+    arguments = {"judging": partial(val_batches, DATA, seed=0), **changes}
     job = Job(
-        source=exported, output=output, pack=packs.get("onnxruntime-cpu"), options=options, data=pictures(),
-        calibration_images=20, scratch=tmp_path, **changes,
-    )  # fmt: skip
+        source=exported,
+        output=output,
+        pack=packs.get("onnxruntime-cpu"),
+        options=options,
+        images=lambda: calibration_batches(DATA, 20, 0),
+        total=20,
+        scratch=tmp_path,
+        **arguments,
+    )
     record = job.run()
     text = json.dumps({"record": record.to_json(), "tables": record.tables()}, allow_nan=False)
     return load_onnx(output), record, text
@@ -84,6 +96,9 @@ def test_where_no_integer_graph_is_faster_float_is_returned_and_named(exported: 
     assert record.precision == "fp32"
     assert model.graph == load_onnx(exported).graph
     assert "float is returned" in record.to_json()["do_no_harm"]
+    assert {layer.why for layer in record.layers} == {"no integer graph was faster"}
+    assert {layer.precision for layer in record.layers} == {"float"}
+    assert record.to_json()["quantized_nodes"] == 0
     assert len(watch.raced[0]) > 2, "blocks in float were tried"
 
 
@@ -117,3 +132,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(exported: Path,
     with pytest.raises(PassRequirementError, match='no node "nowhere"'):
         run(exported, again, Options(calibrator="minmax", exclude=("nowhere",)))
     assert not list(again.iterdir())
+
+
+def test_a_budget_without_images_to_judge_by_is_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(PassRequirementError, match="needs validation images"):
+        run(exported, tmp_path, Options(calibrator="minmax", max_top1_drop=0.1), judging=None)
+
+
+def test_why_a_layer_is_float_is_told(exported: Path, tmp_path: Path) -> None:
+    options = Options(calibrator="minmax", ladder=(FLOAT_LAYERS,), max_top1_drop=-1.0, exclude=("conv/Conv",))
+    _, record, _ = run(exported, tmp_path, options)
+    reasons = {layer.node: layer.why for layer in record.layers}
+    assert reasons.pop("conv/Conv") == "as asked"
+    assert set(reasons.values()) == {"too sensitive for the accuracy budget"}

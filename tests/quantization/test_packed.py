@@ -16,7 +16,7 @@ from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.packed import fold, narrow, widen
 from deploycnn.quantization.packs import RulePack, weights_only
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.static import prepare
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.types import NumberFormat
 from tests.graph.nets import Residual, images, randomized
 

@@ -12,7 +12,7 @@ from deploycnn.errors import RecipeError
 from deploycnn.quantization import packs
 from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.static import prepare
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.types import NumberFormat, Plan
 from tests.graph.nets import Weights, graph
 

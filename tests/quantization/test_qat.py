@@ -25,8 +25,8 @@ from deploycnn.quantization.agreement import measure_agreement, saturates_here
 from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.packed import widen
 from deploycnn.quantization.placement import place
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.reconstruction import find_layers
-from deploycnn.quantization.static import prepare
 from deploycnn.quantization.types import NumberFormat
 from deploycnn.training import loop
 from deploycnn.training.history import History

@@ -15,12 +15,12 @@ from torch import nn
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import save_onnx
 from deploycnn.quantization import packs
+from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
 from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.placement import place
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.rewrites import REWRITES, apply_rewrites
-from deploycnn.quantization.settings import Int8Settings
-from deploycnn.quantization.static import calibrate, prepare
 
 
 class Gated(nn.Module):
@@ -142,7 +142,7 @@ def test_the_result_fuses_without_strays(tmp_path: Path) -> None:
     model = exported()
     apply_rewrites(model, pack.rewrites)
     plan = place(model, pack, [])
-    ranges, _ = calibrate(model, plan, [images(8)], Int8Settings(target="onnxruntime-cpu"))
+    ranges = choose_ranges(plan, calibrate(model, [images(8)], values=values_of(plan)))
     path = tmp_path / "int8.onnx"
     save_onnx(build(model, plan, ranges), path)
     fused = count_fused(path)

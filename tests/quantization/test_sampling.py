@@ -17,9 +17,9 @@ from deploycnn.graph.parity import evaluator
 from deploycnn.quantization import packs
 from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.placement import place
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.reconstruction import find_layers
 from deploycnn.quantization.sampling import Frontier, Sampler, Window, choose_places
-from deploycnn.quantization.static import prepare
 from tests.graph.nets import Residual, images, randomized
 
 

@@ -12,8 +12,8 @@ from onnx import ModelProto
 from torch import nn
 
 from deploycnn.graph.export import export_onnx
+from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.shuffle import remove_shuffles
-from deploycnn.quantization.static import prepare
 
 
 def shuffle(x: torch.Tensor, groups: int = 2) -> torch.Tensor:

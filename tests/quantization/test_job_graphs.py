@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from deploycnn.graph.metadata import get_metadata
 from deploycnn.graph.model import is_quantized, load_onnx, opset_of, save_onnx, shape_of
 from deploycnn.graph.parity import cpu_session, evaluator
 from deploycnn.quantization import packs
+from deploycnn.quantization.job import Job
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.settings import Int8Settings
-from deploycnn.quantization.static import prepare, quantize_static
+from deploycnn.quantization.preparation import prepare
+from deploycnn.quantization.quantize import Options
+from deploycnn.quantization.types import NumberFormat
 from tests.graph.nets import Residual, Shuffle, Weights, graph, images, operators, randomized
 
 RNG = np.random.default_rng(4)
@@ -36,14 +39,44 @@ def exported() -> ModelProto:
     return export_onnx(randomized(Residual()), (3, 12, 12), opset=18, classes=["a", "b"])
 
 
-def quantize(model: ModelProto, tmp_path: Path, calibration=None, **settings: object):
+def run_job(
+    source: Path,
+    target: Path,
+    calibration,
+    *,
+    calibrator="minmax",
+    percentile: float = 99.999,
+    exclude: tuple[str, ...] = (),
+    per_channel: bool = True,
+    reduce_range: bool = False,
+    activation_type="uint8",
+):
+    pack = packs.get("cpu")
+    pack = replace(
+        pack,
+        activation=NumberFormat(dtype=activation_type, symmetric=activation_type == "int8"),
+        weight=replace(pack.weight, reduced=reduce_range),
+        per_channel=per_channel,
+    )
+    return Job(
+        source=source,
+        output=target,
+        pack=pack,
+        options=Options(calibrator=calibrator, exclude=exclude),
+        images=lambda: calibration,
+        total=0,
+        percentile=percentile,
+    ).run()
+
+
+def quantize(model: ModelProto, tmp_path: Path, calibration=None, **options: object):
     source, target = tmp_path / "float.onnx", tmp_path / "int8.onnx"
     save_onnx(model, source)
     shape = shape_of(model.graph.input[0])
     assert shape is not None
     if calibration is None:
         calibration = [images(4, shape[1:], seed=seed) for seed in range(4)]  # type: ignore[arg-type]
-    record = quantize_static(source, target, calibration, Int8Settings(**settings))  # type: ignore[arg-type]
+    record = run_job(source, target, calibration, **options)  # type: ignore[arg-type]
     return load_onnx(target), record
 
 
@@ -142,7 +175,7 @@ def test_everything_fuses_and_is_counted(exported: ModelProto, tmp_path) -> None
     assert record.fused.quantized == 5
     assert record.fused.float_compute == 0
     assert record.fused.stray == 1, "only the input is quantized as such"
-    assert record.float_compute_nodes == {}
+    assert record.kept_float == {}
     assert record.to_json()["fused"]["by_operator"]["QLinearConv"] == 2
     assert "Relu" not in operators(model), "it is the range of what it follows"
 
@@ -190,7 +223,7 @@ def test_entropy_and_percentile_are_not_minmax(exported: ModelProto, tmp_path) -
 
 def test_excluded_nodes_stay_float(exported: ModelProto, tmp_path) -> None:
     model, record = quantize(exported, tmp_path, exclude=("conv/Conv",))
-    assert record.float_compute_nodes == {"conv/Conv": "as asked"}
+    assert record.kept_float == {"conv/Conv": "as asked"}
     assert record.fused.float_compute == 1
     node = next(node for node in model.graph.node if node.name == "conv/Conv")
     assert node.input[1] == "conv.weight"
@@ -327,11 +360,11 @@ def test_a_third_party_detector_quantizes(tmp_path) -> None:
     if not shared:
         pytest.skip("DEPLOYCNN_SHARED is not set")
     path = Path(shared) / "data" / "onnx" / "ultraface-slim-320.onnx"
-    record = quantize_static(
+    record = run_job(
         path,
         tmp_path / "int8.onnx",
         [images(3, (3, 240, 320)).clip(-1, 1)],
-        Int8Settings(calibrator="percentile"),
+        calibrator="percentile",
     )
     assert record.images == 3
     assert record.fused.float_compute == 0
@@ -375,7 +408,7 @@ def test_what_cannot_be_calibrated_is_refused(exported: ModelProto, tmp_path) ->
         two.graph.input.append(helper.make_tensor_value_info("extra", 1, [1]))
         quantize(two, tmp_path, [images(1, (3, 8, 8))])
     with pytest.raises(ArtifactError):
-        quantize_static(tmp_path / "missing.onnx", tmp_path / "out.onnx", [], Int8Settings())
+        run_job(tmp_path / "missing.onnx", tmp_path / "out.onnx", [])
 
 
 def test_values_that_never_move_get_a_usable_scale(tmp_path) -> None:
