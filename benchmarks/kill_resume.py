@@ -54,6 +54,19 @@ def essence(out: Path) -> dict[str, Any]:
     }
 
 
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What is not the same, a line each: models by key, then values of variants."""
+    lines = [
+        f"model {key}: {name} differs"
+        for key in expected["models"] | found["models"]
+        for name in expected["models"].get(key, {}) | found["models"].get(key, {})
+        if expected["models"].get(key, {}).get(name) != found["models"].get(key, {}).get(name)
+    ]
+    for one, other in zip(expected["variants"], found["variants"], strict=True):
+        lines += [f"{one['name']}.{key}: {one[key]} / {other[key]}" for key in SAME if one[key] != other[key]]
+    return lines + [f"left over: {path}" for path in found["left over"]]
+
+
 def kill(out: Path, full: bool, moments: random.Random, duration: float) -> tuple[float, float]:
     """Start a run and kill it; the moment, and how long a run takes.
 
@@ -96,15 +109,17 @@ def main() -> int:
             finished = {path.parent for path in out.glob("artifacts/*/manifest.json")}
             times = {path: (path / "manifest.json").stat().st_mtime_ns for path in finished}
             again = subprocess.run(command(out, arguments.full), capture_output=True, text=True, check=False)
-            same = again.returncode == 0 and essence(out) == expected
+            unlike = differences(expected, essence(out)) if again.returncode == 0 else []
+            same = again.returncode == 0 and not unlike
             kept = all((path / "manifest.json").stat().st_mtime_ns == times[path] for path in finished)
             failures += not (same and kept)
             print(
                 f"kill {number:2d} at {moment:5.1f} s with {len(finished)} artifacts made: "
-                f"{'same result' if same else 'DIFFERENT'}, {'nothing repeated' if kept else 'REPEATED'}"
+                f"{'same result' if same else 'DIFFERENT'}, {'nothing repeated' if kept else 'REPEATED'}",
+                flush=True,
             )
-            if again.returncode:
-                print(again.stderr[-2000:])
+            for line in unlike or again.stderr[-2000:].splitlines() * bool(again.returncode):
+                print(f"  {line}")
             shutil.rmtree(out, ignore_errors=True)
     print(f"{arguments.kills - failures} of {arguments.kills} as they should be")
     return 1 if failures else 0

@@ -6,16 +6,14 @@ writes deploy bundles; ``profile`` measures files and runs that exist. Each resu
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploycnn import bundle, evidence, files, measure, retarget
+from deploycnn import bundle, conclusion, evidence, files, measure, retarget
 from deploycnn import recipe as recipes
 from deploycnn import recipes as shipped
-from deploycnn.core import Artifact
 from deploycnn.errors import DeployCNNError, RecipeError
 from deploycnn.events import Events, Silent
 from deploycnn.execute import Outcome, execute
@@ -115,14 +113,14 @@ def compress(
     with Store.open(_folder(loaded, out)) as store:
         files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))
         planned, outcome = _make(loaded, store, opened, events)
-        subjects = _subjects(loaded, planned, outcome)
+        subjects = conclusion.subjects(loaded, planned, outcome)
         measured = measure.measure(
             subjects, loaded.runtimes, loaded.profile, store, opened, events, seed=loaded.seed
         )
         report = evidence.report(
             evidence.Inputs(
                 name=loaded.name,
-                entries=entries(loaded, planned, outcome, store),
+                entries=conclusion.entries(loaded, planned, outcome, store),
                 baseline=loaded.baseline,
                 measured=measured,
                 profile=loaded.profile,
@@ -131,11 +129,11 @@ def compress(
                 recipe=recipes.dump(loaded),
             )
         )
-        unmeasured = problems_of(report)
-        write_report(store, report)
-        _write_winner(store, report, subjects)
-    _raise_bugs(outcome)
-    problems = (*_problems(outcome, planned, measured, loaded), *unmeasured)
+        unmeasured = conclusion.problems_of_report(report)
+        conclusion.write_report(store, report)
+        conclusion.write_winner(store, report, subjects)
+    conclusion.raise_bugs(outcome)
+    problems = (*conclusion.problems_of_making(outcome, planned, measured, loaded), *unmeasured)
     return Run(path=store.root, report=report, problems=problems)
 
 
@@ -179,7 +177,7 @@ def export(
     with Store.open(_folder(loaded, out)) as store:
         files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))
         planned, outcome = _make(wanted, store, opened, events)
-        _raise_bugs(outcome)
+        conclusion.raise_bugs(outcome)
         wanted_names = tuple(variants or planned.chains)
         failed = [
             f"variant {name}: {outcome.failures[planned.chains[name][-1]]}"
@@ -278,140 +276,6 @@ def _write_plan(store: Store, planned: Plan, state: Any) -> None:
     width = max(len(row.variant) for row in rows)
     lines = [f"{row.variant:<{width}}  {row.step:<12}  {row.key[:12]}  {row.state}" for row in rows]
     files.write_text(store.root / "plan.txt", "\n".join(lines) + "\n")
-
-
-def _subjects(recipe: Recipe, planned: Plan, outcome: Outcome) -> list[measure.Subject]:
-    """The variants that were made, ready to be measured.
-
-    Raises:
-        DeployCNNError: the baseline is not among them; there is nothing to compare with.
-    """
-    _raise_baseline(recipe, planned, outcome)
-    return [
-        measure.Subject(name=name, artifact=outcome.artifacts[keys[-1]])
-        for name, keys in planned.chains.items()
-        if keys[-1] in outcome.artifacts
-    ]
-
-
-def entries(recipe: Recipe, planned: Plan, outcome: Outcome, store: Store) -> list[evidence.Entry]:
-    """What the report says of how each variant was made."""
-    result = []
-    for name, keys in planned.chains.items():
-        manifests = [store.manifest(planned.step(key)) for key in keys if key in outcome.artifacts]
-        parities = [
-            manifest["facts"]["record"]["parity"] for manifest in manifests if manifest["step"] == "export"
-        ]
-        result.append(
-            evidence.Entry(
-                name=name,
-                passes=tuple(pass_name for pass_name, _ in recipe.variant(name).passes),
-                artifact=outcome.artifacts.get(keys[-1]),
-                why=outcome.failures.get(keys[-1], ""),
-                parity=parities[-1] if parities else None,
-                provenance=tuple(provenance(manifest) for manifest in manifests),
-            )
-        )
-    return result
-
-
-def provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A step as the report tells it, from its manifest."""
-    return {
-        "pass": manifest["step"],
-        "key": manifest["key"],
-        "options": manifest["options"],
-        "seconds": manifest["seconds"],
-        "record": manifest["facts"]["record"],
-    }
-
-
-def _raise_baseline(recipe: Recipe, planned: Plan, outcome: Outcome) -> None:
-    failure = outcome.failures.get(planned.chains[recipe.baseline][-1])
-    if failure is None:
-        return
-    _raise_bugs(outcome)
-    others = [
-        f"variant {name}: {outcome.failures[keys[-1]]}"
-        for name, keys in planned.chains.items()
-        if outcome.failures.get(keys[-1], failure) != failure
-    ]
-    raise DeployCNNError("; ".join([f"baseline {recipe.baseline}: {failure}", *others]))
-
-
-def _raise_bugs(outcome: Outcome) -> None:
-    """Our own faults keep their traceback."""
-    if outcome.bugs:
-        raise outcome.bugs[0]
-
-
-def _problems(outcome: Outcome, planned: Plan, measured: measure.Measured, recipe: Recipe) -> tuple[str, ...]:
-    problems = [
-        f"variant {name}: {outcome.failures[keys[-1]]}"
-        for name, keys in planned.chains.items()
-        if keys[-1] in outcome.failures
-    ]
-    asked = set(recipe.profile.runtimes)
-    problems += [f"{spec}: {why}" for spec, why in measured.unavailable.items() if spec in asked]
-    return (*problems, *measured.problems())
-
-
-def problems_of(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a report could not tell of models that were made: a line each.
-
-    Raises:
-        DeployCNNError: the baseline was not measured; there is nothing to compare with.
-    """
-    problems = []
-    for variant in report["variants"]:
-        if variant["status"] == "not measured":
-            why = f"{variant['name']}: not measured: {variant['why']}"
-            if variant["name"] == report["baseline"]["variant"]:
-                raise DeployCNNError(f"baseline {why}")
-            problems.append(f"variant {why}")
-    return tuple(problems)
-
-
-def write_report(store: Store, report: Mapping[str, Any]) -> None:
-    from deploycnn.report import write_reports
-
-    with files.storage_errors(store.root):
-        write_reports(store.root, report)
-
-
-def _write_winner(store: Store, report: Mapping[str, Any], subjects: Sequence[measure.Subject]) -> None:
-    """Write ``best/``, or remove that of an earlier recipe: it must not contradict the report beside it."""
-    winner = report["winner"]
-    if winner is None:
-        _remove_best(store)
-        return
-    artifact: Artifact = next(subject.artifact for subject in subjects if subject.name == winner["variant"])
-    if artifact.format == "torch":
-        _remove_best(store)
-        return
-    entry = next(variant for variant in report["variants"] if variant["name"] == winner["variant"])
-    kept = (
-        "top1",
-        "top1_interval",
-        "top1_drop",
-        "top1_drop_interval",
-        "latency_ms",
-        "speedup",
-        "within_budget",
-    )
-    bundle.write_bundle(
-        store.root / "best",
-        artifact,
-        variant=winner["variant"],
-        runtime=winner["runtime"],
-        evidence={name: entry[name] for name in kept},
-    )
-
-
-def _remove_best(store: Store) -> None:
-    with files.storage_errors(store.root / "best"):
-        if (store.root / "best").exists():
-            shutil.rmtree(store.root / "best")
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploycnn import api, evidence, measure, profile_engines, schema, store
+from deploycnn import api, conclusion, evidence, measure, profile_engines, schema, store
 from deploycnn import recipe as recipes
 from deploycnn.core import Artifact
 from deploycnn.errors import ArtifactError, DeployCNNError, PreprocessingError, RecipeError
@@ -111,8 +111,8 @@ def profile(
                 data=images,
             )
         )
-        unmeasured = api.problems_of(report)
-        api.write_report(opened, report)
+        unmeasured = conclusion.problems_of_report(report)
+        conclusion.write_report(opened, report)
     problems = [f"{spec}: {why}" for spec, why in measured.unavailable.items()]
     return api.Run(path=folder, report=report, problems=(*problems, *measured.problems(), *unmeasured))
 
@@ -200,7 +200,7 @@ class _Bringer:
         if outcome.failures:
             raise DeployCNNError(next(iter(outcome.failures.values())))
         self.store.link_variants(planned)
-        return dataclasses.replace(api.entries(loaded, planned, outcome, self.store)[0], name=name)
+        return dataclasses.replace(conclusion.entries(loaded, planned, outcome, self.store)[0], name=name)
 
 
 def _of_run(folder: Path) -> Iterator[evidence.Entry]:
@@ -237,7 +237,7 @@ def _of_artifact(folder: Path, name: str) -> evidence.Entry:
         passes=tuple(manifest["step"] for manifest in manifests[1:]),
         artifact=artifact,
         parity=parities[-1] if parities else None,
-        provenance=tuple(api.provenance(manifest) for manifest in manifests),
+        provenance=tuple(conclusion.provenance(manifest) for manifest in manifests),
     )
 
 
