@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -13,16 +12,22 @@ from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pa
 from deploycnn.errors import PassRequirementError, RecipeError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import torch
 
-    from deploycnn.data.base import Data
-    from deploycnn.pruning.groups import ChannelGroup
-    from deploycnn.pruning.importance import Criterion, Scores
+Importance = Literal[
+    "magnitude",
+    "group_norm",
+    "bn_scale",
+    "taylor",
+    "fisher",
+    "group_fisher",
+    "hrank",
+    "chip",
+    "random",
+]
 
-#: Images per gradient of the Taylor importance: few, so that the changes of single images do not average out.
-_TAYLOR_BATCH = 16
+#: Those that look at images of the training split.
+_WITH_IMAGES = ("taylor", "fisher", "group_fisher", "hrank", "chip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,11 @@ class Prune(Pass):
         "Share of the multiply-accumulates to keep at most; met most closely with `scope: global`.",
     ] = None
     importance: Annotated[
-        Literal["magnitude", "bn_scale", "taylor", "random"], "What the least important channels are told by."
+        Importance,
+        "What the least important channels are told by; taylor, fisher, hrank and chip look at training images.",
     ] = "magnitude"
     norm: Annotated[Literal["l1", "l2"], "Of the weights, for `importance: magnitude`."] = "l2"
-    importance_images: Annotated[int, Gt(0), "Training images for `importance: taylor`."] = 512
+    importance_images: Annotated[int, Gt(0), "Training images for an importance that looks at them."] = 512
     scope: Annotated[
         Literal["layer", "global"],
         "Remove the same share from every layer, or the least important channels of the whole model.",
@@ -72,7 +78,7 @@ class Prune(Pass):
                     "lower it or raise max_ratio"
                 )
         # So that a recipe without data is refused before any work is done.
-        object.__setattr__(self, "needs_data", self.importance == "taylor")
+        object.__setattr__(self, "needs_data", self.importance in _WITH_IMAGES)
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Prune ``source``; widths, MACs and what was left alone are recorded under "pruning".
@@ -85,11 +91,13 @@ class Prune(Pass):
 
         from deploycnn.models.artifact import load_model, save_model
         from deploycnn.models.macs import count_macs, count_params
+        from deploycnn.pruning.criteria import criterion
         from deploycnn.pruning.pruner import Goal, prune
         from deploycnn.training.determinism import deterministic
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "prune")
+        wanted = criterion(self.importance, norm=self.norm, images=self.importance_images, ctx=ctx)
         shape = self._input_shape(source, ctx)
         model = load_model(source.path)
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
@@ -103,7 +111,7 @@ class Prune(Pass):
             ratios=self.ratios,
         )
         with deterministic(threads=ctx.threads, device=ctx.device):
-            record = prune(model, images, self._criterion(ctx), goal, seed=ctx.seed)
+            record = prune(model, images, wanted, goal, seed=ctx.seed)
             save_model(model, ctx.output)
             _check_stored(model, images, ctx)
         ctx.log.info(
@@ -144,59 +152,6 @@ class Prune(Pass):
                 "add `data` to the recipe, whose preprocessing says which"
             )
         return channels, height, width
-
-    def _criterion(self, ctx: Context) -> Criterion:
-        from functools import partial
-
-        from deploycnn.pruning import importance
-
-        if self.importance == "magnitude":
-            return partial(importance.magnitude, power=1 if self.norm == "l1" else 2)
-        if self.importance == "bn_scale":
-            return importance.bn_scale
-        if self.importance == "random":
-            return partial(importance.random, seed=ctx.seed)
-        return self._taylor(ctx)
-
-    def _taylor(self, ctx: Context) -> Criterion:
-        from deploycnn.data.calibration import calibration_indices
-        from deploycnn.pruning import importance
-
-        if ctx.data is None:
-            raise PassRequirementError(
-                "prune.importance: taylor needs images, but the recipe has no `data`; "
-                "add it or choose another importance"
-            )
-        data = ctx.data
-        indices = calibration_indices(data.dataset.train.labels, self.importance_images, ctx.seed)
-
-        def criterion(model: torch.nn.Module, groups: Sequence[ChannelGroup]) -> list[Scores]:
-            model.to(ctx.device)
-            try:
-                return importance.taylor(
-                    model,
-                    groups,
-                    batches=_training_images(data, indices, ctx),
-                    progress=lambda seen: ctx.progress(seen, len(indices), "importance"),
-                )
-            finally:
-                model.cpu()
-
-        return criterion
-
-
-def _training_images(
-    data: Data, indices: npt.NDArray[np.int64], ctx: Context
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Images (N, C, H, W) and labels (N,) of the training split, on the device."""
-    import torch
-
-    from deploycnn.data.loader import batches
-
-    for batch in batches(
-        data.dataset.train, data.preprocessing, _TAYLOR_BATCH, indices=indices, threads=ctx.threads
-    ):
-        yield torch.from_numpy(batch.images).to(ctx.device), torch.from_numpy(batch.labels).to(ctx.device)
 
 
 def _check_stored(model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> None:

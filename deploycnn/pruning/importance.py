@@ -31,15 +31,41 @@ Criterion = Callable[[nn.Module, Sequence[ChannelGroup]], list[Scores]]
 
 
 #: Layers of which a channel with small weights is small. A PReLU's slope, for one, says nothing of that.
-_SCALING = (*MIXING, BATCH_NORMS)
+SCALING = (*MIXING, BATCH_NORMS)
 
 
 def magnitude(model: nn.Module, groups: Sequence[ChannelGroup], *, power: int) -> list[Scores]:
-    """Sum of ``|w| ** power`` over a channel's weights; power 2 is DepGraph's group norm (Fang et al. 2023).
+    """Sum of ``|w| ** power`` over a channel's weights, as a mean over the layers that hold it.
 
-    Biases do not count, the scale of an affine normalization does.
+    Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), over all coupled layers. Biases do not count, the
+    scale of an affine normalization does.
     """
-    return _mean_over_members(model, groups, lambda weight: weight**power, kinds=_SCALING)
+    return _mean_over_members(model, groups, lambda weight: weight**power, kinds=SCALING)
+
+
+def group_norm(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Scores]:
+    """The L2 norm of all parameters that fall with a channel, in whichever layers, biases and shifts included.
+
+    Fang et al., "DepGraph" (CVPR 2023), section 3.3: a channel is worth as much as all that is coupled to it, so the
+    norm is taken once over the whole group and not layer by layer.
+    """
+    layers: Mapping[str, nn.Module] = dict(model.named_modules())
+    found: list[Scores] = []
+    for group in groups:
+        total, held = np.zeros(group.width), False
+        for member in group.members:
+            layer = layers[member.layer]
+            weight = layer._parameters.get("weight")  # noqa: SLF001 - as above
+            if weight is None or not isinstance(layer, SCALING):
+                continue
+            held = True
+            squares = by_channel(layer, member.side, weight.detach().double().cpu() ** 2).sum(dim=1)
+            bias = layer._parameters.get("bias")  # noqa: SLF001 - as above
+            if member.side == "out" and bias is not None:
+                squares = squares + bias.detach().double().cpu() ** 2
+            total += by_root(chosen(squares, member), member, group.width)
+        found.append(checked(np.sqrt(total), group) if held else None)
+    return found
 
 
 def bn_scale(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Scores]:
@@ -83,7 +109,7 @@ def taylor(
             for member in group.members:
                 change = _first_order(layers[member.layer], member)
                 if change is not None:
-                    sums = _by_root(change, member, group.width)
+                    sums = by_root(change, member, group.width)
                     totals[index] += np.abs(sums)
                     if not seen:
                         holders[index][np.unique(member.roots)] += 1
@@ -93,7 +119,7 @@ def taylor(
     if not seen:
         raise PassRequirementError("prune.importance: taylor needs images, but the training split has none")
     return [
-        _checked(total / (np.maximum(held, 1) * seen), group) if held.any() else None
+        checked(total / (np.maximum(held, 1) * seen), group) if held.any() else None
         for total, held, group in zip(totals, holders, groups, strict=True)
     ]
 
@@ -101,14 +127,14 @@ def taylor(
 def _first_order(layer: nn.Module, member: Member) -> npt.NDArray[np.float64] | None:
     """sum(w * dL/dw) over the parameters of each of a member's channels, shape (M,)."""
     weight = layer._parameters.get("weight")  # noqa: SLF001 - None where the layer has none
-    if weight is None or weight.grad is None or not isinstance(layer, _SCALING):
+    if weight is None or weight.grad is None or not isinstance(layer, SCALING):
         return None
     products = (weight.detach().double() * weight.grad.double()).cpu()
     change = by_channel(layer, member.side, products).sum(dim=1)
     bias = layer._parameters.get("bias")  # noqa: SLF001 - as above
     if member.side == "out" and bias is not None and bias.grad is not None:
         change = change + (bias.detach().double() * bias.grad.double()).cpu()
-    return _chosen(change, member)
+    return chosen(change, member)
 
 
 def _mean_over_members(
@@ -128,26 +154,32 @@ def _mean_over_members(
             if weight is None or not isinstance(layer, kinds):
                 continue
             sums = by_channel(layer, member.side, value(weight.detach().double().abs().cpu())).sum(dim=1)
-            total += _by_root(_chosen(sums, member), member, group.width)
+            total += by_root(chosen(sums, member), member, group.width)
             held[np.unique(member.roots)] += 1
         # A channel that no member holds could not be compared with the rest.
-        found.append(_checked(total / held, group) if held.all() else None)
+        found.append(checked(total / held, group) if held.all() else None)
     return found
 
 
-def _chosen(values: Tensor, member: Member) -> npt.NDArray[np.float64]:
-    chosen: npt.NDArray[np.float64] = values.numpy()[member.channels]
-    return chosen
+def chosen(values: Tensor, member: Member) -> npt.NDArray[np.float64]:
+    """The values of a member's channels, of one for each channel of its side."""
+    picked: npt.NDArray[np.float64] = values.numpy()[member.channels]
+    return picked
 
 
-def _by_root(values: npt.NDArray[np.float64], member: Member, size: int) -> npt.NDArray[np.float64]:
+def by_root(values: npt.NDArray[np.float64], member: Member, size: int) -> npt.NDArray[np.float64]:
     """Sum what belongs to the same channel of the group."""
     sums = np.zeros(size)
     np.add.at(sums, member.roots, values)
     return sums
 
 
-def _checked(scores: npt.NDArray[np.float64], group: ChannelGroup) -> npt.NDArray[np.float64]:
+def checked(scores: npt.NDArray[np.float64], group: ChannelGroup) -> npt.NDArray[np.float64]:
+    """``scores``, which must be finite.
+
+    Raises:
+        PassRequirementError: they are not.
+    """
     if not np.isfinite(scores).all():
         raise PassRequirementError(
             f'prune.importance: the importance of the channels of "{group.name}" is not finite; '

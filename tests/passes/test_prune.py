@@ -140,9 +140,23 @@ def test_taylor_progress_counts_the_images_there_are(resnet: Artifact, tmp_path:
     assert seen[-1] == (200, 200)
 
 
+WITH_IMAGES: tuple[Any, ...] = ("taylor", "fisher", "group_fisher", "hrank", "chip")
+
+
+@pytest.mark.parametrize("name", ["group_norm", *WITH_IMAGES])
+def test_every_importance_prunes(name: str, resnet: Artifact, tmp_path: Path) -> None:
+    options = {"pruning_ratio": 0.3, "importance": name, "importance_images": 8}
+    pruned = made_by("pass", "prune", options, context(tmp_path / "p", data=noise()), resnet)
+    record = pruned.facts.record["pruning"]
+    assert record["importance"] == name
+    assert record["pruning_ratio"] > 0.2
+    assert not any("nothing to rank" in kept["reason"] for kept in record["protected"])
+
+
 def test_taylor_without_data_is_refused(resnet: Artifact, tmp_path: Path) -> None:
     step = Prune(pruning_ratio=0.3, importance="taylor")
     assert step.needs_data
+    assert all(Prune(pruning_ratio=0.3, importance=name).needs_data for name in WITH_IMAGES)
     assert not Prune(pruning_ratio=0.3).needs_data
     assert not Prune.needs_data
     with pytest.raises(PassRequirementError, match=r"prune.importance: taylor needs images.*`data`"):
