@@ -24,6 +24,10 @@ FLOAT, FULL = "float", "int8"
 #: A block must lose this share of the integer graph's time to be worth a race.
 _WORTH_RACING = 0.002
 
+#: A mixed graph must be this much faster than the one on integers throughout: less is within what a loaded machine
+#: makes of the same graph on another day, and the same recipe should give the same model.
+_WORTH_MIXING = 0.02
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -254,8 +258,9 @@ def _race(
 
 
 def _best(speeds: Mapping[str, Speed]) -> str:
-    """The fastest quantized graph; a mixed one only where its interval lies above the full one's ratio."""
-    mixed = [name for name in speeds if name not in {FLOAT, FULL} and speeds[name].low > speeds[FULL].ratio]
+    """The fastest quantized graph; a mixed one only where its interval lies clearly above the full one's ratio."""
+    least = (1 + _WORTH_MIXING) * speeds[FULL].ratio
+    mixed = [name for name in speeds if name not in {FLOAT, FULL} and speeds[name].low > least]
     return max(mixed, key=lambda name: speeds[name].ratio) if mixed else FULL
 
 

@@ -123,6 +123,27 @@ def test_a_profile_only_proposes(float_path: Path, tmp_path: Path) -> None:
     assert found.words.startswith("integers throughout")
 
 
+@pytest.mark.parametrize(("loss_ms", "kept"), [(0.2, False), (1.0, True)])
+def test_a_gain_of_hundredths_does_not_part_a_graph(
+    float_path: Path, tmp_path: Path, loss_ms: float, kept: bool
+) -> None:
+    """11.2 against 11.0 ms is 1.8%, and 12 against 11 is 9%; the intervals of both are clear of it."""
+
+    class Precise(Watch):
+        def race(
+            self, models: Mapping[str, Path], *, batch_size: int, threads: int, budget_s: float
+        ) -> Mapping[str, Speed]:
+            speeds = super().race(models, batch_size=batch_size, threads=threads, budget_s=budget_s)
+            return {
+                name: Speed(median_ms=it.median_ms, ratio=it.ratio, low=it.ratio - 1e-4, high=it.ratio + 1e-4)
+                for name, it in speeds.items()
+            }
+
+    int8_ms = {"a": 2.0, "b": 2.0, "c": 2.0, "add": 1.0, "relu": 0.0, "d": 4.0 + loss_ms}
+    found = do_no_harm(float_path, chain(), build, Precise(FLOAT_MS, int8_ms), tmp_path)
+    assert found.keep_float == ({"d"} if kept else frozenset())
+
+
 def test_float_is_returned_where_nothing_is_faster(float_path: Path, tmp_path: Path) -> None:
     slower = {name: ms * 1.2 for name, ms in FLOAT_MS.items()}
     found = do_no_harm(float_path, chain(), build, Watch(FLOAT_MS, slower), tmp_path)
