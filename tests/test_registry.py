@@ -12,7 +12,18 @@ from deploycnn import registry
 from deploycnn.errors import RecipeError
 
 EXPECTED = {
-    "pass": {"to_torch", "train", "prune", "distill", "export", "fp16", "int8", "qat", "build_engine"},
+    "pass": {
+        "to_torch",
+        "train",
+        "prune",
+        "distill",
+        "export",
+        "fp16",
+        "int8",
+        "qat",
+        "build_engine",
+        "sparse",
+    },
     "source": {"zoo", "torchvision", "timm", "checkpoint", "entrypoint", "onnx"},
     "data": {"digits", "imagefolder", "cifar10"},
     "runtime": {"onnxruntime", "openvino", "pytorch", "tensorrt"},

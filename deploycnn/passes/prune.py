@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Interval, Lt
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass
-from deploycnn.errors import PassRequirementError, RecipeError
+from deploycnn.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -92,13 +92,14 @@ class Prune(Pass):
         from deploycnn.models.artifact import load_model, save_model
         from deploycnn.models.macs import count_macs, count_params
         from deploycnn.pruning.criteria import criterion
+        from deploycnn.pruning.inputs import input_shape
         from deploycnn.pruning.pruner import Goal, prune
         from deploycnn.training.determinism import deterministic
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "prune")
         wanted = criterion(self.importance, norm=self.norm, images=self.importance_images, ctx=ctx)
-        shape = self._input_shape(source, ctx)
+        shape = input_shape(source, ctx, "prune")
         model = load_model(source.path)
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
         goal = Goal(
@@ -139,19 +140,6 @@ class Prune(Pass):
             options["norm"] = self.norm
         asked = {"pruning_ratio": self.pruning_ratio, "macs_ratio": self.macs_ratio}
         return options | {"asked": {name: ratio for name, ratio in asked.items() if ratio is not None}}
-
-    @staticmethod
-    def _input_shape(source: Artifact, ctx: Context) -> tuple[int, int, int]:
-        """(C, H, W) of the model's input."""
-        channels, height, width = (source.inputs[0].shape[1:] + (None,) * 3)[:3]
-        if ctx.data is not None and None in (channels, height, width):
-            return ctx.data.preprocessing.input_shape
-        if channels is None or height is None or width is None:
-            raise PassRequirementError(
-                f"prune: the model takes images of any size ({source.inputs[0].shape}); "
-                "add `data` to the recipe, whose preprocessing says which"
-            )
-        return channels, height, width
 
 
 def _check_stored(model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> None:

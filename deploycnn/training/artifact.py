@@ -15,6 +15,7 @@ from deploycnn.data.base import Data
 from deploycnn.data.loader import batches
 from deploycnn.errors import ArtifactError, PassRequirementError
 from deploycnn.models.artifact import load_model, save_model
+from deploycnn.pruning import zeros
 from deploycnn.tasks import classification
 from deploycnn.training.determinism import deterministic
 from deploycnn.training.evaluate import evaluate
@@ -119,6 +120,8 @@ def train(
     """
     data = needed_data(ctx, where)
     model = load_checked(source.path, source.facts, data, f"{where}: the model")
+    # Weights that a pass set to zero on purpose stay zero.
+    zeros.keep_zeros(model, zeros.meant(ctx.lineage))
     history = fit(model, data, settings, loss=loss, ctx=ctx)
     save_model(model, ctx.output)
     facts = dataclasses.replace(

@@ -1,0 +1,41 @@
+"""Keep zeros through training; a file of its own, because training needs nothing else of pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from deploycnn.core import Artifact
+
+
+def keep_zeros(model: nn.Module, names: Sequence[str]) -> int:
+    """Let training leave exact zeros at zero: where a weight is zero now, its gradient is zero from here on.
+
+    With a zero gradient from the first step on, momentum, Adam's moments and weight decay add nothing either.
+
+    Args:
+        model: About to be trained.
+        names: Layers whose zeros are meant.
+
+    Returns:
+        The number of weights held.
+    """
+    named, held = dict(model.named_modules()), 0
+    for name in names:
+        layer = named.get(name)
+        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):  # noqa: SLF001 - as in layers.py
+            continue
+        zero = layer.weight.detach() == 0
+        held += int(zero.sum())
+        layer.weight.register_hook(lambda grad, zero=zero: grad.masked_fill(zero.to(grad.device), 0.0))
+    return held
+
+
+def meant(lineage: Sequence[Artifact]) -> tuple[str, ...]:
+    """Layers whose zeros were made on purpose, by the artifacts that a model was made from."""
+    for artifact in reversed(lineage):
+        record = artifact.facts.record.get("sparsity")
+        if isinstance(record, Mapping):
+            return tuple(record["layers"])
+    return ()
