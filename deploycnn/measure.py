@@ -17,7 +17,7 @@ from deploycnn.errors import ArtifactError, DeployCNNError, RuntimeUnavailable
 from deploycnn.events import Events
 from deploycnn.execute import available_threads
 from deploycnn.recipe import Profile
-from deploycnn.runtimes.base import Runtime, create, parse_spec
+from deploycnn.runtimes.base import Runtime, create, parse_spec, untimed
 from deploycnn.store import Store
 
 if TYPE_CHECKING:
@@ -270,8 +270,9 @@ class _Measurement:
                 continue
             batch_size = subject.artifact.inputs[0].shape[0] or ACCURACY_BATCH_SIZE
             for split in SPLITS:
+                on = untimed(spec)
                 name = self.key(
-                    "predictions", artifact=subject.artifact.key, data=data.fingerprint, on=spec, split=split
+                    "predictions", artifact=subject.artifact.key, data=data.fingerprint, on=on, split=split
                 )
                 stored = self.store.measurement(name)
                 if stored is not None:

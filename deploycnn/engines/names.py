@@ -39,6 +39,8 @@ USED: Mapping[str, tuple[str, ...]] = {
         "clear_flag", "set_flag", "set_memory_pool_limit",
     ),
     "IOptimizationProfile": ("set_shape",),
+    "IProfiler": ("report_layer_time",),
+    "IExecutionContext": ("profiler",),
     "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
     "MemoryPoolType": ("WORKSPACE",),
     "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),

@@ -97,6 +97,11 @@ class EngineLane(Lane):
         self._profile = 0
         self._prepared: tuple[int, ...] | None = None
 
+    @property
+    def context(self) -> Any:
+        """The execution context, for what a lane does not offer."""
+        return self._context
+
     def shapes(self, shape: Sequence[int], profile: int, handle: int) -> dict[str, tuple[int, ...]]:
         """Set the input's shape; shapes of the outputs that follow from it."""
         context = self._context

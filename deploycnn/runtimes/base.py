@@ -151,3 +151,17 @@ def create(spec: str) -> Runtime:
     chosen: dict[str, Any] = {"options": tuple(options)} if options else {}
     runtime: Runtime = registry.get("runtime", name)(mode=mode, **chosen)
     return runtime
+
+
+#: Options of GPU runtimes that say what is timed and how one waits, not what is computed.
+TIMING_OPTIONS = ("device", "flush-l2", "blocking")
+
+
+def untimed(spec: str) -> str:
+    """The spec without the options that only matter for timing: what it predicts is the same without them.
+
+    >>> untimed("tensorrt:trt+graph+device")
+    'tensorrt:trt+graph'
+    """
+    mode, *options = spec.split("+")
+    return "+".join([mode, *(option for option in options if option not in TIMING_OPTIONS)])

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from deploycnn.core import Artifact, Format
 
+#: Options that change what is computed; ``gpu.torch_model`` says how.
+_FORMATS = ("fp16", "fp32", "channels-last")
 #: Runs before a model is timed or captured: cuDNN chooses its algorithms, and its workspace is allocated.
 _WARMUP = 3
 
@@ -39,7 +41,8 @@ class PyTorch(Runtime):
 
     On GPUs timing is by CUDA events and includes the copies of inputs and outputs, unless ``+device`` is asked for;
     ``eager-cuda+graph`` replays the model as a CUDA graph, ``+flush-l2`` empties the L2 cache before each timed run,
-    ``+blocking`` sleeps instead of spinning while the GPU works.
+    ``+blocking`` sleeps instead of spinning while the GPU works. Convolutions compute in TF32, as PyTorch lets them by
+    default, unless ``+fp32`` or ``+fp16`` is asked for; ``+channels-last`` lays images and weights out as NHWC.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("eager", "compiled", "eager-cuda", "compiled-cuda")
@@ -52,7 +55,8 @@ class PyTorch(Runtime):
         """Those of GPU sessions, on GPUs; a compiled model launches its kernels by itself, so it takes no graph."""
         if not mode.endswith("cuda"):
             return ()
-        return tuple(option for option in gpu.OPTIONS if option != "graph" or mode.startswith("eager"))
+        timed = tuple(option for option in gpu.OPTIONS if option != "graph" or mode.startswith("eager"))
+        return (*timed, *_FORMATS)
 
     @classmethod
     def device_of(cls, mode: str) -> Literal["cpu", "cuda"]:
@@ -83,7 +87,11 @@ class PyTorch(Runtime):
         from deploycnn.models.artifact import load_model
 
         device = "cuda:0" if self.mode.endswith("cuda") else "cpu"
-        model = load_model(artifact.path).to(device).eval()
+        model: Any = load_model(artifact.path).to(device).eval()
+        if set(self.options) & set(_FORMATS):
+            from deploycnn.gpu.torch_model import Recast
+
+            model = Recast(model, self.options)
         shape = artifact.inputs[0].shape if artifact.inputs else (None, None, None, None)
         # a graph that takes part in autograd, or trains its batch norms, is not what is deployed
         model.requires_grad_(False)
@@ -118,9 +126,7 @@ class _TorchSession(Session):
         self._threads = threads
         self._options = options
         self._pin_threads()
-        self.executed = Executed(
-            provider=device, precision=_precision(device), threads=torch.get_num_threads()
-        )
+        self.executed = Executed(provider=device, precision="f32", threads=torch.get_num_threads())
 
     def _pin_threads(self) -> None:
         import torch
@@ -210,9 +216,22 @@ class _CudaSession(_TorchSession):
     ) -> None:
         super().__init__(model, path, shape, device, threads, options)
         self.executed = replace(
-            self.executed, device="cuda", clock="cuda events", transfers="device" not in options
+            self.executed,
+            precision=_precision(options),
+            device="cuda",
+            clock="cuda events",
+            transfers="device" not in options,
         )
         self._kept: list[Any] = []
+
+    def _pin_threads(self) -> None:
+        """TF32 in cuDNN is a setting of the process too."""
+        import torch
+
+        super()._pin_threads()
+        wanted = "fp32" not in self._options
+        if torch.backends.cudnn.allow_tf32 != wanted:
+            torch.backends.cudnn.allow_tf32 = wanted
 
     def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
         """A call that returns the milliseconds of one batch by CUDA events.
@@ -222,6 +241,7 @@ class _CudaSession(_TorchSession):
         """
         import torch
 
+        self._pin_threads()
         device = gpu.open_device("torch")
         stream = device.stream()
         # made outside inference mode, as the example was that a compiled model was compiled for
@@ -267,13 +287,13 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [output]
 
 
-def _precision(device: str) -> str:
-    """FP32 models compute in f32, except that PyTorch lets cuDNN round convolutions' inputs to TF32."""
+def _precision(options: Sequence[str]) -> str:
+    """Of convolutions on the GPU at hand."""
     import torch
 
-    if device == "cpu" or torch.cuda.get_device_capability(0) < (8, 0):
-        return "f32"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "f32"
+    from deploycnn.gpu.torch_model import precision
+
+    return precision(options, torch.cuda.get_device_capability(0))
 
 
 def _require(torch: types.ModuleType, mode: str) -> None:

@@ -259,6 +259,16 @@ class EngineSession(Session):
 
         return call
 
+    def layer_times(self, images_NCHW: npt.NDArray[np.float32], *, runs: int = 20) -> dict[str, float]:
+        """Layer name -> milliseconds for these images, by TensorRT's profiler; ``audit --times`` takes them."""
+        from deploycnn.engines.layer_times import layer_times
+
+        images = check_images(self._path, self.input.shape, images_NCHW)
+        lane = self.lane()
+        lane.prepare(images.shape, self._profile(images.shape))
+        lane.run(images)
+        return layer_times(self._flavour, lane.context, lambda: lane.run(images), runs=runs)
+
     def run_tensor(self, images_NCHW: torch.Tensor) -> list[torch.Tensor]:
         """Outputs for images that lie on the GPU already; nothing is copied and nothing is waited for.
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from deploycnn.core import Artifact
-from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.errors import ArtifactError, RecipeError, RuntimeUnavailable
 from deploycnn.runtimes import pytorch as ours
-from deploycnn.runtimes.base import create
+from deploycnn.runtimes.base import create, parse_spec, untimed
 from tests.runtimes import graphs
 
 
@@ -179,3 +179,21 @@ def test_a_model_that_does_not_compile_to_one_graph_is_refused(
     monkeypatch.setattr("deploycnn.models.artifact.load_model", lambda _: Breaks())
     with pytest.raises(ArtifactError, match=r"one graph .*use pytorch:eager"):
         create("pytorch:compiled").open(artifact, batch_size=2, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "mode"),
+    [("pytorch:eager-cuda+fp16+graph", "eager-cuda+graph+fp16"),
+     ("pytorch:compiled-cuda+channels-last+device", "compiled-cuda+device+channels-last")],
+)  # fmt: skip
+def test_formats_are_options_of_the_modes_on_gpus(spec: str, mode: str) -> None:
+    assert parse_spec(spec) == ("pytorch", mode)
+    with pytest.raises(RecipeError, match='unknown option "fp16" of pytorch:eager'):
+        parse_spec("pytorch:eager+fp16")
+
+
+def test_options_of_timing_are_no_part_of_what_is_computed() -> None:
+    assert (
+        untimed("pytorch:eager-cuda+graph+device+flush-l2+blocking+fp16") == "pytorch:eager-cuda+graph+fp16"
+    )
+    assert untimed("onnxruntime:cpu") == "onnxruntime:cpu"

@@ -168,6 +168,13 @@ def test_streams_run_side_by_side_on_contexts_of_their_own(open_session, gpu: Gp
     assert len({context.addresses["logits"] for context in session._engine.contexts}) == 3
 
 
+def test_times_of_layers_come_from_a_context_of_their_own(open_session) -> None:
+    session = open_session()
+    session.run(images(2))
+    assert session.layer_times(images(4), runs=2) == {"sum": 1.5, "scale": 0.5}
+    assert [context.profiler for context in session._engine.contexts] == [None, None]
+
+
 def test_what_the_engine_cannot_do_is_an_error(open_session, gpu: Gpu) -> None:
     with pytest.raises(ArtifactError, match=r"2 inputs \(images, more1\)"):
         open_session(engine=Engine(gpu, inputs=2))
