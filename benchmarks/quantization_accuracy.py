@@ -8,6 +8,9 @@ on the test split, once. With ``--stress`` each model is first rescaled channel 
 [1/16, 16], the same function), and MinMax alone is shown beside what recovers it. Graphs are judged in float
 arithmetic (Q/DQ as they are written, no integer kernels), so that CPUs whose 8-bit products saturate count them like
 those with VNNI. Writes one JSON object per row.
+
+With ``--w4a8`` weights have 4 bits (first, last and depthwise layers 8), rounded to nearest at scales of least squared
+error, and then as AdaRound learns it; both are proven on the test split.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +39,10 @@ from deploycnn.quantization.channels import channel_groups
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.equalization import equalize, rescale
 from deploycnn.quantization.judge import Judge, Judgement, Labelled, val_batches
+from deploycnn.quantization.packed import measure
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.preparation import prepare
+from deploycnn.quantization.remedies import remedies
 
 PREPROCESSING = {
     "size": [32, 32], "resize": "squash", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
@@ -63,6 +68,7 @@ def main() -> None:
         action="store_true",
         help="and this CPU's integer kernels, for CPUs without VNNI",
     )
+    parser.add_argument("--w4a8", action="store_true", help="4-bit weights, nearest and learned rounding")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON lines; also on standard output")
     given = parser.parse_args()
@@ -84,7 +90,8 @@ def main() -> None:
             for shape, start in shapes.items():
                 pack = packs.get(target)
                 pack = replace(pack, weight=replace(pack.weight, reduced=given.seven_bit_weights))
-                for row in study(start, pack, held, val, test, given.threads):
+                rows = study_w4a8 if given.w4a8 else study
+                for row in rows(start, pack, held, val, test, given.threads):
                     line = json.dumps(
                         {"model": name, "target": target, "shape": shape, "fp32_top1": test.top1, **row}
                     )
@@ -146,6 +153,35 @@ def study(
             "search_s": round(seconds, 1),
         }
     yield {"all_on_val": {name: judgement.to_json() for name, (_, judgement) in tried.items()}}
+
+
+def study_w4a8(
+    model: ModelProto, pack: RulePack, held: list[np.ndarray], val: Judge, test: Judge, threads: int
+) -> Iterator[dict[str, object]]:
+    """Nearest and learned rounding of 4-bit weights, with the ranges that val prefers; both proven on test."""
+    began = time.perf_counter()
+    engine = Engine(packs.four_bits(pack), lambda: held, threads=threads)
+    known = remedies(engine, seed=0, tell=lambda _done, _total, _message: None)
+    ranges: dict[str, tuple[Candidate, Judgement]] = {}
+    for calibrator in CALIBRATORS:
+        candidate = Candidate(model=model, calibrator=calibrator)
+        ranges[calibrator] = candidate, val(engine.build(candidate))
+    best = max(ranges, key=lambda name: ranges[name][1].sqnr_db)
+    tried = {f"{best}, nearest": ranges[best][0]}
+    tried[f"{best}, adaround"] = known["adaround"](ranges[best][0])
+    tried[f"{best}, adaround, bias correction"] = known["correct_bias"](tried[f"{best}, adaround"])
+    on_val = {name: val(engine.build(candidate)) for name, candidate in tried.items()}
+    chosen = max(on_val, key=lambda name: on_val[name].sqnr_db)
+    size = measure(engine.build(tried[chosen]))
+    for name in dict.fromkeys((f"{best}, nearest", chosen)):
+        yield {
+            "candidate": f"w4a8, {name}",
+            "chosen": name == chosen,
+            "val": on_val[name].to_json(),
+            "test": _with_interval(test(engine.build(tried[name]))),
+            "weights": asdict(size),
+            "search_s": round(time.perf_counter() - began, 1),
+        }
 
 
 def _with_interval(found: Judgement) -> dict[str, object]:

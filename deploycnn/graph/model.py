@@ -20,6 +20,9 @@ QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 )
 
+#: Types that weights are stored in, and hardly anything else that is cast.
+_WEIGHT_INTEGERS = frozenset({TensorProto.INT8, TensorProto.INT4})
+
 
 def load_onnx(path: Path) -> ModelProto:
     """Read a model with its external data.
@@ -68,10 +71,21 @@ def runtime_inputs(model: ModelProto) -> list[ValueInfoProto]:
     return [value for value in model.graph.input if value.name not in weights]
 
 
+def copy_of(model: ModelProto) -> ModelProto:
+    """A model of its own with the same content."""
+    duplicate = ModelProto()
+    duplicate.CopyFrom(model)
+    return duplicate
+
+
 def is_quantized(model: ModelProto) -> bool:
-    """Whether the graph holds quantized operators of ONNX or of onnxruntime."""
+    """Whether the graph holds quantized operators of ONNX or of onnxruntime, or integer weights behind a Cast."""
+    small = {item.name for item in model.graph.initializer if item.data_type in _WEIGHT_INTEGERS}
     return any(
-        node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear") for node in model.graph.node
+        node.op_type in QUANTIZED_OPS
+        or node.op_type.startswith("QLinear")
+        or (node.op_type == "Cast" and node.input[0] in small)
+        for node in model.graph.node
     )
 
 

@@ -75,16 +75,29 @@ class Fp16(Pass):
         from deploycnn.graph.bfloat16 import float32_twin
         from deploycnn.graph.cleanup import simplify
         from deploycnn.graph.fp16 import convert_fp16
-        from deploycnn.graph.model import is_quantized, load_onnx, runtime_inputs, save_onnx, tensor_specs
+        from deploycnn.graph.model import (
+            copy_of,
+            is_quantized,
+            load_onnx,
+            runtime_inputs,
+            save_onnx,
+            tensor_specs,
+        )
         from deploycnn.graph.names import name_nodes
         from deploycnn.graph.observe import image_input
         from deploycnn.graph.opset import raise_opset
         from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
         from deploycnn.graph.probe import parity_images
+        from deploycnn.quantization.packed import unpack
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "fp16")
         original = load_onnx(source.path)
+        if unpack(copy_of(original)):
+            raise PassRequirementError(
+                "fp16: int8 left the weights packed (weights: int4, or weights_only), and FP16 would store them wide; "
+                "leave fp16 out, or quantize to 8 bits with activations"
+            )
         quantized = is_quantized(original)
         full = simplify(raise_opset(original, 19) if quantized else original)
         name_nodes(full)

@@ -39,12 +39,15 @@ class Int8(Pass):
     ``int8: auto`` climbs the repair ladder until the drop of top-1 on the validation split is within the
     budget: other ranges, equalized weights, corrected biases, learned rounding, single layers in float, training. With
     ``max_top1_drop`` alone, the settings stay as given and the cheapest layers are left in float.
+
+    ``weights: int4`` stores weights in 4 bits (first, last and depthwise layers in 8); activations keep 8. With
+    ``weights_only`` only the file gets smaller: everything is computed in float.
     """
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
     gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
@@ -85,6 +88,13 @@ class Int8(Pass):
         bool | None,
         "7-bit weights; by default only where this x86 CPU's 8-bit arithmetic saturates (no VNNI).",
     ] = None
+    weights: Annotated[
+        Literal["int8", "int4"],
+        "Type of weights; int4: scales of least squared error, two to a byte, for size. For CPU targets.",
+    ] = "int8"
+    weights_only: Annotated[
+        bool, "Leave activations in float: a smaller file, no gain in speed. For CPU targets."
+    ] = False
     equalize: Annotated[
         bool, "Spread the ranges of channels evenly over neighbouring layers (Nagel et al. 2019)."
     ] = False
@@ -95,8 +105,9 @@ class Int8(Pass):
         bool, "Take the mean error that rounding the weights makes out of the biases (Nagel et al. 2019)."
     ] = False
     adaround: Annotated[
-        bool, "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes."
-    ] = False
+        bool | None,
+        "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes. null: only 4-bit weights.",
+    ] = None
     qat_epochs: Annotated[
         int, Ge(0), "For auto: epochs of quantization-aware training as the last rung; 0 leaves it out."
     ] = 2
@@ -110,6 +121,15 @@ class Int8(Pass):
         Literal["target", "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"],
         "Whose placement rules; target: those of the recipe's target.",
     ] = "target"
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.weights_only and self.mode == "auto":
+            raise ValueError(
+                "weights_only does not go with auto, which repairs activations; set max_top1_drop instead"
+            )
+        if self.weights_only and self.activations != "auto":
+            raise ValueError("weights_only leaves activations in float; leave `activations` out")
 
     def extra_identity(self) -> Json:
         """Whether weights are 7-bit depends on the machine unless the recipe says it."""
@@ -229,11 +249,15 @@ class Int8(Pass):
             remedies=tuple(
                 name
                 for name in ("equalize", "absorb_bias", "correct_bias", "adaround")
-                if getattr(self, name)
+                if getattr(self, name) or (name == "adaround" and self._learns_rounding)
             ),
             ladder=(FLOAT_LAYERS,),
             max_top1_drop=self.max_top1_drop,
         )
+
+    @property
+    def _learns_rounding(self) -> bool:
+        return self.weights == "int4" if self.adaround is None else self.adaround
 
     def _pack(self, target: str) -> RulePack:
         """The target's rules, with what the recipe says of number formats."""
@@ -247,12 +271,20 @@ class Int8(Pass):
         activation = pack.activation
         if self.activations != "auto":
             activation = NumberFormat(dtype=self.activations, symmetric=self.activations == "int8")
-        return replace(
+        if (self.weights_only or self.weights == "int4") and pack.style != "units":
+            raise PassRequirementError(
+                f"int8: {'weights_only' if self.weights_only else 'weights: int4'} is for CPU targets, not {target}: "
+                "its kernels for convolutions take 8-bit weights beside 8-bit activations"
+            )
+        pack = replace(
             pack,
             activation=activation,
             weight=replace(pack.weight, reduced=reduced),
             per_channel=self.per_channel,
         )
+        if self.weights_only:
+            return packs.weights_only(pack, self.weights)
+        return packs.four_bits(pack) if self.weights == "int4" else pack
 
     def _parity(self, full: Path, quantized: Path, ctx: Context) -> Parity:
         """How far rounding to 8 bits moves the outputs: for the record, held to no tolerance."""

@@ -19,6 +19,7 @@ from deploycnn.quantization.harm import Unharmed, do_no_harm
 from deploycnn.quantization.isa import detect_isa
 from deploycnn.quantization.judge import Judge, Labelled
 from deploycnn.quantization.layers import layer_table, value_sqnr
+from deploycnn.quantization.packed import measure, packed
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
 from deploycnn.quantization.preparation import check_exclude, prepare
@@ -26,12 +27,15 @@ from deploycnn.quantization.quantize import Options, Quantized, Quantizer
 from deploycnn.quantization.record import Record, worst_histograms
 from deploycnn.quantization.remedies import Remedy, remedies
 from deploycnn.quantization.structure import COMPUTE
+from deploycnn.quantization.types import NumberFormat
+from deploycnn.quantization.weights import FEW_BITS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 #: Validation images on which layers are judged one by one: enough for a ratio of powers, not for top-1.
 QUICK_IMAGES = 128
+EIGHT_BITS = 8
 #: Images on which each layer's noise is measured for the table.
 TABLE_IMAGES = 16
 
@@ -121,21 +125,22 @@ class Job:
         harm = self._do_no_harm(model, engine, found, judge)
         if harm is not None and harm.ship_float:
             found.model = original
-        set_metadata(found.model, get_metadata(original))
-        check_onnx(found.model, f"{self.source}: its quantized graph")
-        save_onnx(found.model, self.output)
+        shipped = packed(found.model)
+        set_metadata(shipped, get_metadata(original))
+        check_onnx(shipped, f"{self.source}: its quantized graph")
+        save_onnx(shipped, self.output)
         return self._record(model, engine, found, macs, harm)
 
     def _do_no_harm(
         self, model: ModelProto, engine: Engine, found: Quantized, judge: Judge | None
     ) -> Unharmed | None:
-        """Leave in float what is measured slower on integers."""
-        if self.stopwatch is None:
+        """Leave in float what is measured slower on integers; nothing computes on them with integer weights only."""
+        if self.stopwatch is None or self.pack.style == "weights":
             return None
         candidate = found.candidate
 
         def build(kept: Collection[str]) -> ModelProto:
-            return engine.build(replace(candidate, keep_float=candidate.keep_float | frozenset(kept)))
+            return packed(engine.build(replace(candidate, keep_float=candidate.keep_float | frozenset(kept))))
 
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             harm = do_no_harm(
@@ -163,7 +168,7 @@ class Job:
             return None
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             path = Path(folder) / "int8.onnx"
-            save_onnx(quantized, path)
+            save_onnx(packed(quantized), path)
             after, before = self._layer_ms(path), self._layer_ms(self.source)
         return {name: before[name] - after[name] for name in after if name in before}
 
@@ -177,7 +182,16 @@ class Job:
     @property
     def integers(self) -> bool:
         """Whether this CPU's integer kernels compute what the graph means."""
-        return self.pack.style == "units" and (self.pack.weight.reduced or not detect_isa().saturates)
+        formats = {self.pack.weight, self.pack.sensitive_weight or self.pack.weight}
+        exact = all(number.reduced or number.bits < EIGHT_BITS for number in formats)
+        return self.pack.style == "units" and (exact or not detect_isa().saturates)
+
+    def _precision(self, number: NumberFormat) -> str:
+        """Of a layer with weights of this format, for the table."""
+        bits = FEW_BITS if number.bits <= FEW_BITS else EIGHT_BITS
+        if self.pack.style == "weights":
+            return f"w{bits}"
+        return "w4a8" if bits == FEW_BITS else "int8"
 
     def _judge(self, model: ModelProto, images: int | None) -> Judge:
         if self.judging is None:
@@ -211,6 +225,7 @@ class Job:
         layers = layer_table(
             candidate.model,
             kept_float=kept_float,
+            precisions={item.node: self._precision(item.number) for item in plan.weights},
             ranges=ranges,
             sqnr_db=noise,
             fused=fused.layers if fused is not None else {},
@@ -233,6 +248,7 @@ class Job:
             fused=fused,
             percentile=self.percentile,
             integers=self.integers,
+            weights=measure(found.model),
         )
 
 

@@ -18,6 +18,7 @@ from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.observe import image_input
 from deploycnn.graph.parity import evaluator
+from deploycnn.quantization.packed import packed
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -108,7 +109,7 @@ class Judge:
 
     def __call__(self, candidate: ModelProto) -> Judgement:
         """Run ``candidate`` on the images and compare."""
-        run = evaluator(candidate, threads=self._threads, integers=self._integers)
+        run = evaluator(packed(candidate), threads=self._threads, integers=self._integers)
         signal = noise = 0.0
         hits = same = 0
         for index, (images, labels) in enumerate(self._images):

@@ -31,7 +31,7 @@ class Layer:
     Attributes:
         node: Its name.
         op: Its operator.
-        precision: "int8" or "float".
+        precision: "int8", "w4a8" (4-bit weights), "w8" or "w4" (weights only) or "float".
         why: Why it is float; empty where it is not.
         range: Calibrated range of the value that leaves it for other layers (behind its activation).
         sqnr_db: Signal-to-quantization-noise ratio of that value, everything before it quantized too.
@@ -61,6 +61,7 @@ def layer_table(
     model: ModelProto,
     *,
     kept_float: Mapping[str, str],
+    precisions: Mapping[str, str],
     ranges: Ranges,
     sqnr_db: Mapping[str, float],
     fused: Mapping[str, bool],
@@ -73,6 +74,7 @@ def layer_table(
     Args:
         model: The float graph, nodes named.
         kept_float: Layers that stayed float -> why.
+        precisions: Of the others; "int8" where it is not said.
         ranges: By value.
         sqnr_db: By value, see ``value_sqnr``.
         fused: By layer.
@@ -91,7 +93,7 @@ def layer_table(
             Layer(
                 node=node.name,
                 op=node.op_type,
-                precision="float" if node.name in kept_float else "int8",
+                precision="float" if node.name in kept_float else precisions.get(node.name, "int8"),
                 why=kept_float.get(node.name, ""),
                 range=ranges[value] if value is not None else None,
                 sqnr_db=next((sqnr_db[name] for name in values if name in sqnr_db), None),

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
-from deploycnn.graph.model import is_quantized, load_onnx
+from deploycnn.graph.model import copy_of, is_quantized, load_onnx
 from deploycnn.quantization import packs
 from deploycnn.quantization.isa import Isa, detect_isa
 from deploycnn.quantization.lint_edges import edge_findings
-from deploycnn.quantization.lint_numbers import number_findings
+from deploycnn.quantization.lint_numbers import number_findings, storage_findings
 from deploycnn.quantization.lint_rules import RULES, Finding, rule
+from deploycnn.quantization.packed import unpack
 from deploycnn.quantization.reading import read_qdq
 
 if TYPE_CHECKING:
@@ -114,10 +115,14 @@ def lint_graph(model: ModelProto, pack: RulePack) -> tuple[Finding, ...]:
         for node in foreign
     ]
     if not foreign:
-        reading = read_qdq(model)
-        if reading.constants and not reading.activations and not reading.outputs:
+        plain = copy_of(model)
+        unpack(plain)
+        reading = read_qdq(plain)
+        only_weights = bool(reading.constants) and not reading.activations and not reading.outputs
+        found = list(storage_findings(model, pack, only_weights=only_weights))
+        if only_weights:
             pack = packs.weights_only(pack)
-        found = [*number_findings(reading, pack), *edge_findings(reading, pack)]
+        found += [*number_findings(reading, pack), *edge_findings(reading, pack)]
     milder = _MILDER.get(pack.target, frozenset[str]())
     findings = []
     for identifier, node, what in found:

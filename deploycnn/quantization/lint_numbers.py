@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from onnx import NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 
+from deploycnn.graph.model import initializers
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import output_axis
 from deploycnn.quantization.reading import Reading, Rounding
@@ -22,6 +23,11 @@ _SCALE_TOLERANCE = 1e-4
 
 #: Weights up to this fit the 7 bits that do not saturate (onnxruntime's own reduced range goes to 64).
 _REDUCED = 64
+
+_FOUR_BITS = frozenset({TensorProto.INT4, TensorProto.UINT4})
+
+#: Targets that convert stored weights once, when they compile the graph.
+_FOLDS_WEIGHTS = frozenset({"openvino"})
 
 #: Targets whose integer kernels take float biases as well.
 _ANY_BIAS = frozenset({"openvino"})
@@ -42,6 +48,23 @@ def number_findings(reading: Reading, pack: RulePack) -> Iterator[Found]:
             yield from _bias(node, weight, reading, pack)
     if pack.style == "weights" and constants:
         yield "QDQ011", next(iter(constants)), "no activation is quantized"
+
+
+def storage_findings(model: ModelProto, pack: RulePack, *, only_weights: bool) -> Iterator[Found]:
+    """How integer weights are stored in the file as it is, before anything is unpacked."""
+    weights = initializers(model.graph)
+    for node in model.graph.node:
+        tensor = weights.get(node.input[0]) if node.op_type in {"DequantizeLinear", "Cast"} else None
+        if tensor is None or len(tensor.dims) < 2:
+            continue
+        direct, four = node.op_type == "DequantizeLinear", tensor.data_type in _FOUR_BITS
+        if pack.style != "units":
+            if four:
+                yield "QDQ014", node.name, f"{tensor.name} has 4 bits; {pack.target} convolves with 8"
+        elif direct and only_weights and pack.target not in _FOLDS_WEIGHTS:
+            yield "QDQ015", node.name, f"{tensor.name} is converted to float at every call"
+        elif direct and four and not only_weights and pack.target not in _FOLDS_WEIGHTS:
+            yield "QDQ013", node.name, f"{tensor.name} has 4 bits, and no Cast stands in front"
 
 
 def _activation(pair: Rounding, pack: RulePack) -> Iterator[Found]:

@@ -121,6 +121,24 @@ _ALL = (
         title="weights stored as float with a QuantizeLinear behind them",
         mend="store the integers: the file gets four times smaller",
     ),
+    Rule(
+        id="QDQ013",
+        severity="warning",
+        title="4-bit weights that DequantizeLinear reads itself: onnxruntime computes the layer in float",
+        mend="put a Cast to INT8 in front of DequantizeLinear: it is folded when the file is loaded",
+    ),
+    Rule(
+        id="QDQ014",
+        severity="error",
+        title="4-bit weights on a target whose convolutions take 8",
+        mend="quantize weights to int8",
+    ),
+    Rule(
+        id="QDQ015",
+        severity="warning",
+        title="weights only, behind DequantizeLinear: onnxruntime converts them at every call",
+        mend="use a Cast and a Mul by the scale instead: they are folded when the file is loaded",
+    ),
     # Where Q/DQ stand.
     Rule(
         id="QDQ101",

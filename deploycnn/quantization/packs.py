@@ -41,6 +41,8 @@ class RulePack:
             rounded, and the compiler finds the rest. "weights": only weights are integers.
         activation: Number format of activations.
         weight: Number format of weights.
+        sensitive_weight: Number format of weights that suffer most from few bits and take little room: those of first
+            and last layers, and of depthwise convolutions. ``None``: that of all others.
         per_channel: One weight scale for each output channel.
         integer_bias: Biases are int32.
         float_operators: Operators with weights that stay float there -> why.
@@ -67,6 +69,7 @@ class RulePack:
     style: Literal["units", "inputs", "weights"]
     activation: NumberFormat
     weight: NumberFormat = field(default=NumberFormat(dtype="int8", symmetric=True))
+    sensitive_weight: NumberFormat | None = None
     per_channel: bool = True
     integer_bias: bool
     float_operators: Mapping[str, str] = field(default_factory=dict)
@@ -172,6 +175,16 @@ def get(target: str, isa: Isa | None = None) -> RulePack:
 
 def weights_only(pack: RulePack, dtype: Literal["int8", "int4"] = "int8") -> RulePack:
     """``pack`` for smaller files: weights as integers, everything computed in float."""
+    eight = NumberFormat(dtype="int8", symmetric=True)
     return replace(
-        pack, weight=NumberFormat(dtype=dtype, symmetric=True), style="weights", integer_bias=False
+        pack,
+        weight=NumberFormat(dtype=dtype, symmetric=True),
+        sensitive_weight=eight if dtype == "int4" else None,
+        style="weights",
+        integer_bias=False,
     )
+
+
+def four_bits(pack: RulePack) -> RulePack:
+    """``pack`` with 4-bit weights, except those of ``sensitive_weight``; activations stay as they are."""
+    return replace(pack, weight=NumberFormat(dtype="int4", symmetric=True), sensitive_weight=pack.weight)

@@ -39,6 +39,7 @@ def place(model: ModelProto, pack: RulePack, keep_float: Collection[str] = ()) -
         integer, activations = Inputs(graph, pack, chosen, keep_float).place()
     else:
         integer, activations = chosen, ()
+    sensitive = sensitive_layers(graph) if pack.sensitive_weight is not None else set()
     return Plan(
         target=pack.target,
         activation=pack.activation,
@@ -48,7 +49,7 @@ def place(model: ModelProto, pack: RulePack, keep_float: Collection[str] = ()) -
                 initializer=node.input[1],
                 node=node.name,
                 axis=output_axis(node) if pack.per_channel else None,
-                number=pack.weight,
+                number=(pack.sensitive_weight if node.name in sensitive else None) or pack.weight,
             )
             for node in graph.nodes
             if node.name in chosen
@@ -57,6 +58,34 @@ def place(model: ModelProto, pack: RulePack, keep_float: Collection[str] = ()) -
         quantized_nodes=tuple(node.name for node in graph.nodes if node.name in integer),
         kept_float=kept,
     )
+
+
+def sensitive_layers(graph: Structure) -> set[str]:
+    """Layers that few bits hurt most: the first and the last ones of every path, and depthwise convolutions.
+
+    The first see the image as it is, the last make the logits, and a depthwise kernel has too few weights for their
+    errors to cancel out. All of them together are a small share of a CNN's weights.
+    """
+    found = set[str]()
+    behind, ahead = set[str](), set(graph.outputs)
+    for node in graph.nodes:
+        follows = any(name in behind for name in node.input)
+        if node.op_type in COMPUTE:
+            if not follows:
+                found.add(node.name)
+            grouped = node.op_type == "Conv" and attribute(node, "group", 1) != 1
+            if grouped and node.input[1] in graph.constants and graph.weight_shape(node)[1] == 1:
+                found.add(node.name)
+        if follows or node.op_type in COMPUTE:
+            behind.update(node.output)
+    for node in reversed(graph.nodes):
+        if not any(name in ahead for name in node.output):
+            continue
+        if node.op_type in COMPUTE:
+            found.add(node.name)
+        else:
+            ahead.update(node.input)
+    return found
 
 
 def output_axis(node: NodeProto) -> int:

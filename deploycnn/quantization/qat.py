@@ -20,10 +20,10 @@ from deploycnn.core import Context, Json
 from deploycnn.data.base import Data
 from deploycnn.errors import PassRequirementError, TrainingError
 from deploycnn.graph.bridge import Bridge, FakeQuantize, to_torch
-from deploycnn.graph.model import initializers
+from deploycnn.graph.model import copy_of, initializers
 from deploycnn.graph.probe import parity_images
 from deploycnn.quantization.agreement import Agreement, measure_agreement, saturates_here
-from deploycnn.quantization.packed import narrow, widen
+from deploycnn.quantization.packed import pack, unpack
 from deploycnn.quantization.reconstruction import Layer, along, find_layers
 from deploycnn.tasks import classification
 from deploycnn.training.history import History
@@ -103,13 +103,12 @@ def fine_tune(
         PassRequirementError: the bridge lacks an operator, nothing is quantized, or the outputs do not fit the data.
         TrainingError: the loss, or a scale, became useless.
     """
-    narrowed = ModelProto()
-    narrowed.CopyFrom(quantized)
-    packed = narrow(narrowed)
-    layers = find_layers(full, narrowed)
+    plain = copy_of(quantized)
+    was_packed = unpack(plain)
+    layers = find_layers(full, plain)
     if not layers:
         raise PassRequirementError("qat: the graph stores no weight as integers; put it behind int8")
-    bridge = to_torch(narrowed, float_weights=starting_weights(layers))
+    bridge = to_torch(plain, float_weights=starting_weights(layers))
     sample, _ = parity_images(data, (0, 0, 0), 1, ctx.seed)
     classification.check_model(
         bridge.module, torch.from_numpy(sample), len(data.dataset.classes), "qat: the model"
@@ -128,12 +127,11 @@ def fine_tune(
             history.initial_val_top1,
             history.kept_val_top1,
         )
-        trained = ModelProto()
-        trained.CopyFrom(narrowed)
-        bridge = to_torch(narrowed)
+        trained = copy_of(plain)
+        bridge = to_torch(plain)
     images, where = parity_images(data, (0, 0, 0), parity_count, ctx.seed)
-    if packed:
-        widen(trained)
+    if was_packed:
+        pack(trained)
     agreement = measure_agreement(
         bridge.module,
         trained,

@@ -12,6 +12,7 @@ from deploycnn.quantization.fusion import FusedCounts
 from deploycnn.quantization.harm import Unharmed
 from deploycnn.quantization.isa import detect_isa
 from deploycnn.quantization.layers import Layer
+from deploycnn.quantization.packed import Weights
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.quantize import Options, Quantized, ladder_table
 from deploycnn.quantization.statistics import Statistics
@@ -29,6 +30,7 @@ class Record:
         images: Calibration images that were run.
         integers: Whether this CPU's integer kernels compute what the graph means.
         harm: What timing decided; ``None`` where nothing was timed.
+        weights: What the weights take.
     """
 
     pack: RulePack
@@ -45,6 +47,7 @@ class Record:
     percentile: float
     integers: bool
     harm: Unharmed | None
+    weights: Weights
 
     @property
     def precision(self) -> str:
@@ -54,12 +57,16 @@ class Record:
     @property
     def scheme(self) -> str:
         """The scheme in words."""
-        activation, weight = self.pack.activation, self.pack.weight
-        form = "symmetric" if activation.symmetric else "asymmetric"
+        activation, weight, sensitive = self.pack.activation, self.pack.weight, self.pack.sensitive_weight
+        bits = f"{weight.bits}-bit"
+        if sensitive is not None:
+            bits = f"{bits} (first, last and depthwise layers {sensitive.bits}-bit)"
         granularity = "per channel" if self.pack.per_channel else "per tensor"
+        if self.pack.style == "weights":
+            return f"weights only, symmetric {bits} {granularity}, computed in float"
+        form = "symmetric" if activation.symmetric else "asymmetric"
         return (
-            f"QDQ, activations {form} {activation.dtype} per tensor, "
-            f"weights symmetric {weight.bits}-bit {granularity}"
+            f"QDQ, activations {form} {activation.dtype} per tensor, weights symmetric {bits} {granularity}"
         )
 
     def to_json(self) -> Json:
@@ -70,6 +77,7 @@ class Record:
         found = {
             "target": self.pack.target,
             "scheme": self.scheme,
+            "weights": asdict(self.weights),
             "calibrator": f"{calibrator}{detail}",
             "images": self.images,
             "ranges": {"values": len(self.ranges), "widest": {name: list(bounds) for name, bounds in widest}},
@@ -94,6 +102,7 @@ class Record:
             found.append(Table(title="Repair ladder, judged on val", columns=columns, rows=rows))
         if self.harm is not None:
             found.append(_race_rows(self.harm))
+        found.append(_weight_rows(self.weights))
         found.append(_layer_rows(self.layers))
         if self.quantized.sensitivities:
             found.append(
@@ -131,6 +140,15 @@ def _race_rows(harm: Unharmed) -> Table:
             for race in harm.races
             for name, speed in race.speeds.items()
         ),
+    )
+
+
+def _weight_rows(weights: Weights) -> Table:
+    stored, real = weights.stored_bytes, weights.float_bytes
+    return Table(
+        title="Size of the quantized weights",
+        columns=("stored, bytes", "float32, bytes", "ratio", "4-bit share"),
+        rows=((stored, real, real / stored if stored else None, weights.four_bit_share),),
     )
 
 

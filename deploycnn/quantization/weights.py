@@ -13,11 +13,17 @@ from deploycnn.quantization.types import IntegerWeight, NumberFormat, WeightPlan
 #: Largest magnitude of an int32 bias: as much again is left for the products that are added to it.
 MAX_BIAS = 2**30
 
+#: With as few bits as these, clipping the outermost weights pays.
+FEW_BITS = 4
+
+#: Shares of the widest scale that are tried.
+_SHARES = np.linspace(1.0, 0.3, 71)
+
 _TINY = float(np.finfo(np.float32).tiny)
 
 
 def quantize_weight(array: npt.NDArray[np.float32], plan: WeightPlan) -> IntegerWeight:
-    """Round to nearest, with the smallest scale that clips nothing.
+    """Round to nearest, with the smallest scale that clips nothing; for 4 bits, with that of least squared error.
 
     A channel of zeros takes the tensor's largest scale, so that an int32 bias is not rounded to it too coarsely
     or beyond its range.
@@ -46,7 +52,23 @@ def quantize_weight(array: npt.NDArray[np.float32], plan: WeightPlan) -> Integer
     exact = np.asarray(peak, dtype=np.float64) / number.qmax
     widest = float(exact.max(initial=0.0)) or 1.0 / number.qmax
     scale = np.asarray(np.where(exact == 0.0, widest, np.maximum(exact, _TINY)), dtype=np.float32)
+    if number.bits <= FEW_BITS:
+        scale = _least_error(values, scale, plan.axis, number)
     return IntegerWeight(integers=_round(values, scale, plan.axis, number), scale=scale, axis=plan.axis)
+
+
+def _least_error(
+    values: npt.NDArray[np.float64], widest: npt.NDArray[np.float32], axis: int | None, number: NumberFormat
+) -> npt.NDArray[np.float32]:
+    """Of each channel's scales from ``widest`` down, that whose rounding errors have the least sum of squares."""
+    axes = tuple(index for index in range(values.ndim) if index != axis)
+    best, least = widest, np.full(widest.shape, np.inf)
+    for share in _SHARES:
+        scale = np.asarray(np.maximum(widest * share, _TINY), dtype=np.float32)
+        rounded = _round(values, scale, axis, number) * along(scale, axis, values.ndim)
+        error = np.square(rounded - values).sum(axis=axes)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return np.asarray(best, dtype=np.float32)
 
 
 def dequantize(weight: IntegerWeight) -> npt.NDArray[np.float64]:

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
+from torch import nn
 
 from deploycnn import schema
 from deploycnn.core import Artifact
 from deploycnn.errors import DataError, PassRequirementError, PreprocessingError, RecipeError
 from deploycnn.graph.model import is_quantized, load_onnx
 from deploycnn.passes.export import Export
+from deploycnn.passes.fp16 import Fp16
 from deploycnn.passes.int8 import Int8
+from deploycnn.quantization import rounding
 from deploycnn.quantization.isa import Isa, detect_isa
+from deploycnn.quantization.lint import lint_model
 from tests.graph.nets import Residual, randomized
 from tests.passes.onnx_support import context, minted, pictures, torch_artifact
 
@@ -74,6 +79,102 @@ def test_weights_lose_a_bit_where_this_cpu_saturates_unless_told_otherwise(
 def test_activations_are_symmetric_off_the_cpu(exported: Artifact, tmp_path) -> None:
     ctx = context(tmp_path, pictures(), target="onnxruntime-cuda")
     assert "symmetric int8" in Int8(calibration_images=5).run(exported, ctx).facts.record["int8"]["scheme"]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    with pytest.MonkeyPatch.context() as patch:
+        layers = [conv_bn_relu(3, 8), conv_bn_relu(8, 32), conv_bn_relu(32, 32)]
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+        source = torch_artifact(randomized(net), patch)
+        ctx = context(tmp_path_factory.mktemp("deep"), pictures())
+        return minted(Export().run(source, ctx), ctx)
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding is learned in few steps."""
+    monkeypatch.setattr(rounding, "Settings", partial(rounding.Settings, iterations=60, samples=256))
+
+
+def conv_bn_relu(read: int, made: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(read, made, 3, padding=1), nn.BatchNorm2d(made), nn.ReLU())
+
+
+def test_four_bit_weights_run_on_integer_kernels_from_a_smaller_file(
+    deep: Artifact, tmp_path, briefly: None
+) -> None:
+    records, sizes = {}, {}
+    for weights in ("int8", "int4"):
+        ctx = context(tmp_path / weights, pictures())
+        facts = Int8(calibration_images=25, weights=weights).run(deep, ctx).facts
+        records[weights], sizes[weights] = facts.record, facts.size_bytes
+    record = records["int4"]["int8"]
+    assert "4-bit (first, last and depthwise layers" in record["scheme"]
+    assert record["fused"]["float_compute"] == 0
+    held = record["weights"]
+    assert held["four_bit_share"] == pytest.approx((8 * 32 * 9 + 32 * 32 * 9) / (held["float_bytes"] / 4))
+    assert sizes["int8"] - sizes["int4"] > 5000
+    precisions = [
+        row[2] for table in records["int4"]["tables"] for row in table["rows"] if table["title"] == "Layers"
+    ]
+    assert precisions == ["int8", "w4a8", "w4a8", "int8"]
+    assert records["int4"]["parity"]["max_rel_error"] < 0.5
+
+
+def test_learned_rounding_is_the_default_of_four_bits_only(deep: Artifact, tmp_path, briefly: None) -> None:
+    files = {}
+    for name, options in {
+        "default": {"weights": "int4"},
+        "asked": {"weights": "int4", "adaround": True},
+        "nearest": {"weights": "int4", "adaround": False},
+        "eight": {},
+        "eight nearest": {"adaround": False},
+    }.items():
+        ctx = context(tmp_path / name, pictures())
+        Int8(calibration_images=20, **options).run(deep, ctx)
+        files[name] = (ctx.output / "model.onnx").read_bytes()
+    assert files["default"] == files["asked"] != files["nearest"]
+    assert files["eight"] == files["eight nearest"]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_only_computes_in_float_from_integers(
+    deep: Artifact, tmp_path, briefly: None, weights: str
+) -> None:
+    ctx = context(tmp_path, pictures())
+    facts = Int8(calibration_images=25, weights=weights, weights_only=True).run(deep, ctx).facts
+    path = ctx.output / "model.onnx"
+    model = load_onnx(path)
+    assert is_quantized(model)
+    assert not any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    record = facts.record["int8"]
+    assert record["scheme"].startswith("weights only")
+    assert (record["fused"]["stray"], record["fused"]["quantized"]) == (0, 0)
+    assert (
+        record["weights"]["float_bytes"] > (3 if weights == "int8" else 5) * record["weights"]["stored_bytes"]
+    )
+    assert facts.record["parity"]["max_rel_error"] < (0.05 if weights == "int8" else 0.5)
+    assert record["do_no_harm"] == "not timed"
+    assert lint_model(path).clean
+    packed_artifact = dataclasses.replace(deep, path=path, facts=facts)
+    with pytest.raises(PassRequirementError, match="packed"):
+        Fp16().run(packed_artifact, context(tmp_path / "fp16", pictures()))
+
+
+@pytest.mark.parametrize("options", [{"weights": "int4"}, {"weights_only": True}])
+def test_small_weights_are_for_cpus(exported: Artifact, tmp_path, options) -> None:
+    with pytest.raises(PassRequirementError, match="is for CPU targets, not tensorrt"):
+        Int8(**options).run(exported, context(tmp_path, pictures(), target="tensorrt"))
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    for options, words in (
+        ({"weights_only": True, "mode": "auto"}, "does not go with auto"),
+        ({"weights_only": True, "activations": "int8"}, "leaves activations in float"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            schema.build(Int8, options, "int8")
 
 
 def test_what_int8_cannot_do_is_refused(exported: Artifact, tmp_path) -> None:

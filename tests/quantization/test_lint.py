@@ -20,6 +20,7 @@ from deploycnn.quantization import packs
 from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.lint import lint_graph
 from deploycnn.quantization.lint_rules import RULES
+from deploycnn.quantization.packed import packed
 from deploycnn.quantization.packs import RulePack
 from tests.quantization.test_insertion import quantized
 from tests.quantization.test_placement import inception, residual, silu, squeeze
@@ -168,7 +169,18 @@ def test_biases_in_the_wrong_type() -> None:
 
 
 def test_weights_only_is_a_note() -> None:
-    assert set(rules(quantized(residual(), packs.weights_only(CPU)), CPU)) == {"QDQ011"}
+    assert set(rules(packed(quantized(residual(), packs.weights_only(CPU))), CPU)) == {"QDQ011"}
+
+
+def test_how_weights_are_stored_is_told() -> None:
+    plain = quantized(residual(), packs.weights_only(CPU))
+    assert set(rules(plain, CPU)) == {"QDQ011", "QDQ015"}
+    four = quantized(residual(), packs.four_bits(CPU))
+    direct = rules(four, CPU)
+    assert set(direct) == {"QDQ013"}
+    assert set(rules(packed(four), CPU)) == set()
+    assert set(rules(packed(four), packs.get("openvino"))) == set()
+    assert "QDQ014" in set(rules(packed(four), packs.get("tensorrt")))
 
 
 @pytest.fixture(scope="module")

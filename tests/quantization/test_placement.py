@@ -308,8 +308,30 @@ def test_weights_only_rounds_no_activation() -> None:
     plan = place(squeeze(), packs.weights_only(CPU, "int4"))
     assert plan.activations == ()
     assert len(plan.weights) == 4
-    assert plan.weights[0].number == NumberFormat(dtype="int4", symmetric=True)
+    assert plan.weights[1].number == NumberFormat(dtype="int4", symmetric=True)
     assert not plan.integer_bias
+
+
+def test_first_last_and_depthwise_weights_keep_eight_bits() -> None:
+    weights: Weights = {}
+    nodes = [
+        conv("x", "stem", weights, (16, 3, 3, 3)),
+        conv("x", "side", weights, (16, 3, 3, 3)),
+        node("Add", "stem side", "sum"),
+        conv("sum", "wide", weights, (16, 16, 1, 1)),
+        conv("wide", "depthwise", weights, (16, 1, 3, 3), group=16),
+        conv("depthwise", "grouped", weights, (16, 8, 3, 3), group=2),
+        node("Relu", "grouped", "r"),
+        conv("r", "left", weights, (16, 16, 1, 1)),
+        conv("r", "right", weights, (16, 16, 1, 1)),
+        node("Concat", "left right", "y", axis=1),
+    ]
+    reduced = packs.get("cpu", Isa(name="x86", saturates=True))
+    plan = place(model(nodes, weights), packs.four_bits(reduced))
+    bits = {item.node: item.number.bits for item in plan.weights}
+    assert bits == {
+        "stem": 7, "side": 7, "wide": 4, "depthwise": 7, "grouped": 4, "left": 7, "right": 7,
+    }  # fmt: skip
 
 
 def test_number_formats_follow_the_cpu() -> None:
