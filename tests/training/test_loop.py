@@ -324,6 +324,8 @@ def test_auto_on_a_gpu_is_what_it_has(monkeypatch: pytest.MonkeyPatch, native: b
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 def test_training_on_a_gpu(tmp_path: Path, kind: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"PyTorch {torch.__version__} finds no CUDA device")
     options = settings(epochs=6, lr=0.05, precision=kind)
     model, history = train(tmp_path, options, device="cuda")
     assert history.kept_val_top1 > 0.8
