@@ -33,7 +33,7 @@ class Distill(TrainingSettings, Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
     # Half of what training from scratch takes: the student comes with weights worth keeping.
     default_lr: ClassVar[Mapping[Optimizer, float]] = {"sgd": 0.05, "adamw": 5e-4}

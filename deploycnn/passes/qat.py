@@ -32,7 +32,7 @@ class Qat(TrainingSettings, Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     # The weights are good already, and batch norms, which would forgive large steps, are folded.

@@ -136,7 +136,7 @@ class Curve:
 
 
 #: Keys of a training history that are bookkeeping, not results.
-_NOT_CURVES = frozenset({"epoch", "step", "seconds", "learning_rate", "lr"})
+_NOT_CURVES = frozenset({"epoch", "step", "steps", "seconds", "learning_rate", "lr"})
 
 
 def curves(history: Sequence[Mapping[str, Any]], width: float = 250, height: float = 116) -> list[Curve]:

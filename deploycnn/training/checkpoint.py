@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from deploycnn.errors import StorageError
+from deploycnn.training.budget import Pace, Plan
 from deploycnn.training.evaluate import Score
 from deploycnn.training.history import Epoch
 
 #: Name of the checkpoint in a pass's scratch folder.
 FILE = "checkpoint.pt"
 #: Bump when the contents change meaning: older checkpoints are then not continued.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,9 +34,13 @@ class Progress:
         best_epoch: Counted from 1; 0 where there is none yet.
         best_state: The model after that epoch, on the CPU; empty where only the last epoch counts.
         epochs: Finished ones.
+        plan: Where training stands on its schedule.
+        pace: What time it has taken.
     """
 
     initial: Score
+    plan: Plan
+    pace: Pace
     best: Score | None = None
     best_epoch: int = 0
     best_state: dict[str, Tensor] = field(default_factory=dict)
@@ -45,6 +50,8 @@ class Progress:
         """As tensors and plain values."""
         return {
             "initial": dataclasses.asdict(self.initial),
+            "plan": self.plan.to_state(),
+            "pace": self.pace.to_state(),
             "best": dataclasses.asdict(self.best) if self.best else None,
             "best_epoch": self.best_epoch,
             "best_state": self.best_state,
@@ -56,6 +63,8 @@ class Progress:
         """The inverse of :meth:`to_state`."""
         return cls(
             initial=Score(**state["initial"]),
+            plan=Plan(**state["plan"]),
+            pace=Pace(**state["pace"]),
             best=Score(**state["best"]) if state["best"] else None,
             best_epoch=state["best_epoch"],
             best_state=state["best_state"],

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: Why training ended: all epochs done, no better one for long, or no time left.
+#: Why training ended: all epochs done, no better one for long, or the minutes that were planned for are over.
 Stopped = Literal["finished", "early_stopping", "max_minutes"]
 
 
@@ -22,6 +22,7 @@ class Epoch:
         val_top1: After the epoch, in [0, 1].
         val_loss: Cross-entropy after the epoch.
         seconds: Wall-clock time, validation included.
+        steps: Of the optimizer; the last epoch of a budget in minutes has fewer than the others.
     """
 
     epoch: int
@@ -31,6 +32,7 @@ class Epoch:
     val_top1: float
     val_loss: float
     seconds: float
+    steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

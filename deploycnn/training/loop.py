@@ -2,11 +2,13 @@
 
 A run that is killed at any moment and started again ends with the same weights, bit for bit, as one that was
 not: after each epoch all that later epochs depend on is saved at once, and whatever is random is drawn from
-streams that depend on the seed and the epoch alone. An interrupted epoch is simply done again.
+streams that depend on the seed and the epoch alone. An interrupted epoch is simply done again. (With a budget in
+minutes the clock decides how many steps there are; a continued run goes on with the plan that was saved.)
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -16,22 +18,30 @@ from torch import Tensor, nn
 
 from deploycnn.core import Context
 from deploycnn.data.base import Data
-from deploycnn.data.loader import Batch
 from deploycnn.errors import TrainingError
 from deploycnn.tasks import classification
-from deploycnn.training import batchnorm, checkpoint, feed, optimizers, precision, schedules
+from deploycnn.training import batchnorm, checkpoint, feed, schedules
+from deploycnn.training.budget import Pace, Plan, steps_that_fit
 from deploycnn.training.checkpoint import Progress
 from deploycnn.training.determinism import deterministic, seed_everything
-from deploycnn.training.device import images_to, labels_to, model_home, model_to
+from deploycnn.training.device import model_home, model_to
 from deploycnn.training.evaluate import Score, evaluate
 from deploycnn.training.history import Epoch, History, Stopped
 from deploycnn.training.losses import Loss
 from deploycnn.training.settings import TrainingSettings
+from deploycnn.training.step import Stepper
 
 #: Seconds between two reports of progress within an epoch.
 REPORT_INTERVAL_S = 0.5
 #: Steps between two looks at the loss on a GPU, where looking means waiting.
 GPU_CHECK_INTERVAL = 25
+#: Steps that are timed before a budget in minutes is planned, after some slow first ones; fewer where they take long.
+PROBE_STEPS, PROBE_WARMUP, PROBE_S = 20, 2, 10.0
+#: A budget in minutes is planned anew after each of so many equal parts of it.
+REPLAN_PARTS = 40
+
+#: Seconds; tests put a clock of their own here.
+clock = time.perf_counter
 
 
 def fit(model: nn.Module, data: Data, settings: TrainingSettings, *, loss: Loss, ctx: Context) -> History:
@@ -64,20 +74,10 @@ class _Training:
         self, model: nn.Module, data: Data, settings: TrainingSettings, loss: Loss, ctx: Context
     ) -> None:
         self.model = model_to(model, ctx.device)
-        self.data, self.settings, self.loss, self.ctx = data, settings, loss, ctx
-        self.precision = precision.resolve(settings.precision, ctx.device)
-        self.optimizer = optimizers.build(
-            model,
-            settings.optimizer,
-            lr=settings.peak_lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-        )
-        self.scaler = torch.amp.GradScaler(ctx.device, enabled=self.precision == "fp16")
+        self.data, self.settings, self.ctx = data, settings, ctx
+        self.stepper = Stepper(self.model, settings, loss, ctx.device)
         self.steps_per_epoch = feed.count_steps(len(data.dataset.train), settings.batch_size)
-        self.total_steps = self.steps_per_epoch * settings.epochs
-        self.warmup_steps = settings.warmup_steps(self.steps_per_epoch)
+        self.most_steps = self.steps_per_epoch * settings.epochs
         self.path = ctx.scratch / checkpoint.FILE
         self.identity = hashlib.sha256(f"{settings}|{ctx.seed}|{data.fingerprint}".encode()).hexdigest()
         self.last_report = 0.0
@@ -86,67 +86,57 @@ class _Training:
         progress = self.start()
         while (stopped := self.why_stop(progress)) is None:
             self.one_epoch(progress)
-        self.report(max(1, self.settings.epochs), "done")
+        self.report(progress, len(progress.epochs), "done")
         kept_epoch, kept = len(progress.epochs), self.score_of_last(progress)
         if self.settings.keep == "best" and progress.best is not None:
             kept_epoch, kept = progress.best_epoch, progress.best
             self.model.load_state_dict(progress.best_state)
+        else:
+            self.stepper.keep_average()
         return History(
             epochs=tuple(progress.epochs),
             initial_val_top1=progress.initial.top1,
             kept_epoch=kept_epoch,
             kept_val_top1=kept.top1,
             stopped=stopped,
-            precision=self.precision,
+            precision=self.stepper.precision,
             device=self.ctx.device,
         )
 
     # -- beginning and end -----------------------------------------------------------------------
 
     def start(self) -> Progress:
-        """Continue from the checkpoint, or begin: re-estimate where asked for, score, save."""
+        """Continue from the checkpoint, or begin: re-estimate where asked for, score, plan, save."""
         state = checkpoint.load(self.path, self.identity)
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            self.stepper.restore(state)
             progress = Progress.from_state(state["progress"])
             self.ctx.log.info("continuing after epoch %d", len(progress.epochs))
             return progress
+        started = clock()
         if self.settings.reestimate_bn:
             layers = batchnorm.reestimate(self.model, feed.plain_batches(self.data, self.settings, self.ctx))
             self.ctx.log.info("re-estimated the statistics of %d batch-norm layers", layers)
-        progress = Progress(initial=self.validate())
-        self.ctx.log.info("before training: val top-1 %.4f", progress.initial.top1)
+            self.stepper.restart_average()
+        begun = clock()
+        initial = self.validate()
+        pace = Pace(pause_s=clock() - begun)
+        self.ctx.log.info("before training: val top-1 %.4f", initial.top1)
+        progress = Progress(initial=initial, plan=self.first_plan(pace, started), pace=pace)
         self.save(progress)
         return progress
 
     def save(self, progress: Progress) -> None:
-        checkpoint.save(
-            self.path,
-            {
-                "identity": self.identity,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": progress.to_state(),
-            },
-        )
+        state = {"identity": self.identity, **self.stepper.state(), "progress": progress.to_state()}
+        checkpoint.save(self.path, state)
 
     def why_stop(self, progress: Progress) -> Stopped | None:
         """Decided by what is in the checkpoint, so that a continued run decides alike."""
-        done, settings = len(progress.epochs), self.settings
-        if done >= settings.epochs:
-            return "finished"
-        if done == 0:
-            return None
-        patience = settings.early_stopping_patience
-        if patience is not None and done - progress.best_epoch >= patience:
+        done, patience = len(progress.epochs), self.settings.early_stopping_patience
+        if progress.plan.left == 0:
+            return "max_minutes" if progress.plan.limited else "finished"
+        if patience is not None and done > 0 and done - progress.best_epoch >= patience:
             return "early_stopping"
-        if settings.max_minutes is not None:
-            spent = sum(epoch.seconds for epoch in progress.epochs)
-            if spent * (done + 1) / done > 60 * settings.max_minutes:
-                return "max_minutes"
         return None
 
     @staticmethod
@@ -155,21 +145,74 @@ class _Training:
             return progress.initial
         return Score(top1=progress.epochs[-1].val_top1, loss=progress.epochs[-1].val_loss)
 
+    # -- minutes ---------------------------------------------------------------------------------
+
+    def first_plan(self, pace: Pace, started: float) -> Plan:
+        """All epochs, or as many steps, at least one, as the minutes will hold."""
+        steps, limited = self.most_steps, False
+        if self.settings.max_minutes is not None and steps > 0:
+            self.probe(pace)
+            pace.spent_s = clock() - started
+            fitting = max(1, self.fitting(pace, pace.spent_s, taken=0))
+            steps, limited = min(fitting, steps), fitting < steps
+            self.ctx.log.info(
+                "planned %d steps of %.3g s, %.3g epochs", steps, pace.step_s, steps / self.steps_per_epoch
+            )
+        warmup = self.settings.warmup_steps(self.steps_per_epoch, steps)
+        return Plan(total=steps, warmup=warmup, left=steps, limited=limited)
+
+    def probe(self, pace: Pace) -> None:
+        """Time some steps, then put everything back as it was."""
+        kept = copy.deepcopy(self.stepper.state())
+        seed_everything(self.ctx.seed, 0)
+        self.model.train()
+        warmup = min(PROBE_WARMUP, self.steps_per_epoch - 1)
+        started = begun = clock()
+        batches = feed.train_batches(self.data, self.settings, seed=self.ctx.seed, epoch=1)
+        for index, batch in enumerate(batches, start=1):
+            self.stepper.step(batch, 0.0)[0].item()  # waits for a GPU
+            if index == warmup:
+                begun = clock()
+            elif index == warmup + PROBE_STEPS or (index > warmup and clock() - started > PROBE_S):
+                break
+        pace.add(index - warmup, clock() - begun)
+        self.stepper.restore(kept)
+
+    def fitting(self, pace: Pace, spent_s: float, *, taken: int) -> int:
+        """Steps that the minutes still hold."""
+        seconds = 60 * (self.settings.max_minutes or math.inf) - spent_s
+        return steps_that_fit(seconds, pace, steps_per_epoch=self.steps_per_epoch, taken=taken)
+
+    def replan(self, progress: Progress, spent_s: float) -> None:
+        """Let the rest of the schedule take the time that is left."""
+        if self.settings.max_minutes is None:
+            return
+        fitting = self.fitting(progress.pace, spent_s, taken=progress.plan.taken)
+        allowed = self.most_steps - progress.plan.taken
+        progress.plan.stretch(min(fitting, allowed), limited=fitting < allowed)
+        progress.pace.fade()
+
     # -- an epoch --------------------------------------------------------------------------------
 
     def one_epoch(self, progress: Progress) -> None:
         """Train, validate, remember the best, save."""
-        started, number = time.perf_counter(), len(progress.epochs) + 1
+        started, number, pace = clock(), len(progress.epochs) + 1, progress.pace
         seed_everything(self.ctx.seed, number)
-        loss, train_top1, lr = self.train(number)
-        score = self.validate()
-        if not math.isfinite(score.loss):
-            raise self.diverged("validation loss", score.loss, number, self.steps_per_epoch, lr)
-        if progress.best is None or score.better_than(progress.best):
-            progress.best, progress.best_epoch = score, number
-            if self.settings.keep == "best":
-                state = self.model.state_dict()
-                progress.best_state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        taken = progress.plan.taken
+        loss, train_top1, lr = self.train(progress, number, started)
+        trained = clock()
+        with self.stepper.averaged():
+            score = self.validate()
+            if not math.isfinite(score.loss):
+                raise self.diverged("validation loss", score.loss, number, self.steps_per_epoch, lr)
+            if progress.best is None or score.better_than(progress.best):
+                progress.best, progress.best_epoch = score, number
+                if self.settings.keep == "best":
+                    state = self.model.state_dict()
+                    progress.best_state = {
+                        name: tensor.to("cpu", copy=True) for name, tensor in state.items()
+                    }
+        ended = clock()
         progress.epochs.append(
             Epoch(
                 epoch=number,
@@ -178,56 +221,54 @@ class _Training:
                 train_top1=train_top1,
                 val_top1=score.top1,
                 val_loss=score.loss,
-                seconds=time.perf_counter() - started,
+                seconds=ended - started,
+                steps=progress.plan.taken - taken,
             )
         )
+        pace.spent_s, pace.pause_s = pace.spent_s + ended - started, ended - trained
+        if progress.plan.left > 0:
+            self.replan(progress, pace.spent_s)
         self.save(progress)
-        told = f"epoch {number}/{self.settings.epochs}: loss {loss:.4f}, val top-1 {score.top1:.4f}"
+        told = f"epoch {number}/{self.epochs_in(progress)}: loss {loss:.4f}, val top-1 {score.top1:.4f}"
         self.ctx.log.info("%s, train top-1 %.4f, lr %.3g", told, train_top1, lr)
-        self.report(number, told)
+        self.report(progress, number, told)
 
-    def train(self, number: int) -> tuple[float, float, float]:
+    def train(self, progress: Progress, number: int, started: float) -> tuple[float, float, float]:
         """Train for one epoch: mean loss, top-1 on the augmented images, last learning rate."""
         self.model.train()
+        plan, pace, minutes = progress.plan, progress.pace, self.settings.max_minutes or math.inf
         check_interval = 1 if self.ctx.device == "cpu" else GPU_CHECK_INTERVAL
         pending: list[Tensor] = []
         total_loss, images_seen, lr = 0.0, 0, 0.0
         hits = torch.zeros((), dtype=torch.int64, device=self.ctx.device)
         batches = feed.train_batches(self.data, self.settings, seed=self.ctx.seed, epoch=number)
+        mark = planned = clock()
         for step, batch in enumerate(batches):
-            lr = self.lr_at((number - 1) * self.steps_per_epoch + step)
-            loss, logits_NK, labels_N = self.one_step(batch, lr)
+            lr = self.lr_at(plan)
+            loss, logits_NK, labels_N = self.stepper.step(batch, lr)
+            plan.advance()
             hits += classification.correct(logits_NK, labels_N)
             images_seen += len(labels_N)
             pending.append(loss * len(labels_N))
-            if len(pending) == check_interval or step == self.steps_per_epoch - 1:
+            last = plan.left == 0 or step == self.steps_per_epoch - 1
+            if len(pending) == check_interval or last:
                 total_loss += self.checked_sum(pending, number, step, lr)
+                now = clock()
+                pace.add(len(pending), now - mark)
+                mark = now
                 pending.clear()
+                if not last and now - planned > 60 * minutes / REPLAN_PARTS:
+                    self.replan(progress, pace.spent_s + now - started)
+                    planned = now
             if time.monotonic() - self.last_report > REPORT_INTERVAL_S:
                 done = number - 1 + (step + 1) / self.steps_per_epoch
-                self.report(done, f"epoch {number}/{self.settings.epochs}")
+                self.report(progress, done, f"epoch {number}/{self.epochs_in(progress)}")
+            if plan.left == 0:
+                break
         return total_loss / images_seen, hits.item() / images_seen, lr
 
-    def one_step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of the optimizer: the batch's loss, logits and labels."""
-        device = self.ctx.device
-        images_NCHW, labels_N = images_to(batch.images, device), labels_to(batch.labels, device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, precision.DTYPES[self.precision], enabled=self.precision != "fp32"):
-            logits_NK = self.model(images_NCHW)
-            loss = self.loss(logits_NK, labels_N, images_NCHW)
-        self.scaler.scale(loss).backward()
-        if self.settings.max_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach(), logits_NK.detach(), labels_N
-
-    def lr_at(self, step: int) -> float:
-        factor = schedules.factor(self.settings.schedule, step, self.total_steps, self.warmup_steps)
+    def lr_at(self, plan: Plan) -> float:
+        factor = schedules.factor(self.settings.schedule, plan.position, plan.total, plan.warmup)
         return self.settings.peak_lr * factor
 
     def validate(self) -> Score:
@@ -258,6 +299,11 @@ class _Training:
             f"lower `lr` (peak now {self.settings.peak_lr:.3g}), or set `max_grad_norm: 1`"
         )
 
-    def report(self, done: float, message: str) -> None:
+    def epochs_in(self, progress: Progress) -> int:
+        """As planned, the last one perhaps not whole."""
+        return -(-(progress.plan.taken + progress.plan.left) // self.steps_per_epoch)
+
+    def report(self, progress: Progress, done: float, message: str) -> None:
         self.last_report = time.monotonic()
-        self.ctx.progress(done, max(1, self.settings.epochs), message)
+        epochs = (progress.plan.taken + progress.plan.left) / self.steps_per_epoch
+        self.ctx.progress(min(done, epochs), max(1.0, epochs), message)

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Lt
 from deploycnn.data.augment import Augmentation
 
 Optimizer = Literal["sgd", "adamw"]
-Schedule = Literal["cosine", "one_cycle"]
+Schedule = Literal["cosine", "linear", "one_cycle"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,22 @@ class TrainingSettings:
     lr: Annotated[float | None, Gt(0), "Peak learning rate; null: by optimizer and batch_size."] = None
     batch_size: Annotated[int, Ge(2), "Images per step."] = 128
     schedule: Annotated[
-        Schedule, "How the learning rate falls after warm-up (cosine) or rises and falls."
+        Schedule,
+        "How the learning rate falls after warm-up (cosine, linear), or rises and falls (one_cycle).",
     ] = "cosine"
     warmup_epochs: Annotated[
         float | None, Ge(0), "Of rising learning rate; null: a tenth of epochs, at most 5 (one_cycle: 30%)."
     ] = None
     momentum: Annotated[float, Ge(0), Lt(1), "Of sgd; beta 1 of adamw."] = 0.9
     nesterov: Annotated[bool, "Nesterov's momentum, for sgd."] = True
-    weight_decay: Annotated[float, Ge(0), "Of kernels and matrices; biases and norms are not decayed."] = 5e-4
+    weight_decay: Annotated[float, Ge(0), "Of kernels and matrices; see decay_all."] = 5e-4
+    decay_all: Annotated[bool, "Decay biases and the scales and shifts of norms too."] = False
+    ema: Annotated[
+        float | None,
+        Gt(0),
+        Lt(1),
+        "Decay per step of a moving average of the weights, which is what is scored and kept; null: none.",
+    ] = None
     label_smoothing: Annotated[
         float, Ge(0), Lt(1), "Share of each label that is spread over all classes."
     ] = 0.0
@@ -61,7 +69,8 @@ class TrainingSettings:
     max_minutes: Annotated[
         float | None,
         Gt(0),
-        "Begin no epoch that would end later. Weights then depend on the machine's speed; null: no limit.",
+        "Plan steps and schedule for so many minutes, or for epochs where these are shorter. Weights then depend "
+        "on the machine's speed; null: no limit.",
     ] = None
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
@@ -86,12 +95,13 @@ class TrainingSettings:
         scale = self.batch_size / 128
         return self.default_lr[self.optimizer] * (scale if self.optimizer == "sgd" else scale**0.5)
 
-    def warmup_steps(self, steps_per_epoch: int) -> int:
-        """Steps of rising learning rate, at least one fewer than all."""
+    def warmup_steps(self, steps_per_epoch: int, total: int | None = None) -> int:
+        """Steps of rising learning rate, at least one fewer than all of ``total`` (default: those of all epochs)."""
+        total = self.epochs * steps_per_epoch if total is None else total
         if self.warmup_epochs is not None:
             epochs = self.warmup_epochs
         elif self.schedule == "one_cycle":
-            epochs = 0.3 * self.epochs
+            epochs = 0.3 * total / steps_per_epoch
         else:
-            epochs = min(5.0, 0.1 * self.epochs)
-        return min(round(epochs * steps_per_epoch), max(0, self.epochs * steps_per_epoch - 1))
+            epochs = min(5.0, 0.1 * total / steps_per_epoch)
+        return min(round(epochs * steps_per_epoch), max(0, total - 1))

@@ -16,6 +16,13 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
+def test_all_are_decayed_on_request() -> None:
+    model = make_model()
+    (group,) = optimizers.parameter_groups(model, 0.1, decay_all=True)
+    assert (len(group["params"]), group["weight_decay"]) == (5, 0.1)  # type: ignore[arg-type]
+    assert build(model, "sgd", decay_all=True).param_groups[0]["weight_decay"] == 0.01
+
+
 def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)

@@ -43,16 +43,28 @@ def test_cosine_is_torchs(total: int) -> None:
     assert ours == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("total", [1, 7, 100])
+def test_linear_is_torchs(total: int) -> None:
+    expected = rates(
+        lambda optimizer: lr_scheduler.LinearLR(
+            optimizer, start_factor=1.0, end_factor=0.0, total_iters=total
+        ),
+        total,
+    )
+    assert [schedules.linear(step, total, 0) for step in range(total)] == pytest.approx(expected)
+
+
 def test_warm_up_is_torchs_and_meets_the_cosine_at_its_peak() -> None:
     expected = rates(
         lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9), total=10
     )
     assert [schedules.cosine(step, 50, 10) for step in range(10)] == pytest.approx(expected)
-    assert schedules.cosine(10, 50, 10) == 1.0
+    assert [schedules.linear(step, 50, 10) for step in range(10)] == pytest.approx(expected)
+    assert schedules.cosine(10, 50, 10) == schedules.linear(10, 50, 10) == 1.0
 
 
 @given(
-    name=st.sampled_from(["cosine", "one_cycle"]),
+    name=st.sampled_from(["cosine", "linear", "one_cycle"]),
     total=st.integers(1, 400),
     share=st.floats(0, 1),
     data=st.data(),
@@ -63,7 +75,11 @@ def test_factors_stay_between_0_and_1(name: str, total: int, share: float, data:
     assert 0 <= schedules.factor(name, step, total, warmup) <= 1  # type: ignore[arg-type]
 
 
-@given(name=st.sampled_from(["cosine", "one_cycle"]), total=st.integers(3, 200), share=st.floats(0, 0.9))
+@given(
+    name=st.sampled_from(["cosine", "linear", "one_cycle"]),
+    total=st.integers(3, 200),
+    share=st.floats(0, 0.9),
+)
 def test_factors_rise_then_fall(name: str, total: int, share: float) -> None:
     warmup = round(share * total)
     factors = [schedules.factor(name, step, total, warmup) for step in range(total)]  # type: ignore[arg-type]
@@ -78,6 +94,8 @@ def test_warm_up_steps_follow_the_schedule_and_leave_a_step() -> None:
     assert settings(epochs=10, schedule="one_cycle").warmup_steps(10) == 30
     assert settings(epochs=10, warmup_epochs=0.5).warmup_steps(10) == 5
     assert settings(epochs=1, warmup_epochs=0.99).warmup_steps(1) == 0
+    assert settings(epochs=30).warmup_steps(10, 50) == 5
+    assert settings(epochs=30, warmup_epochs=2).warmup_steps(10, 50) == 20
 
 
 def test_warm_up_longer_than_training_is_refused() -> None:
