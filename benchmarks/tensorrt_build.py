@@ -4,7 +4,8 @@
 
 Random weights: sizes, build times and the audit do not depend on training. By default TensorRT-RTX builds ahead of
 time, which needs no GPU; with --target tensorrt the GPU at hand is built for. INT8 graphs are placed by the rules of
-`tensorrt` in both cases. Build times are wall-clock on a machine that may be doing other things.
+`tensorrt` in both cases, and `deploycnn lint --target tensorrt` must find nothing in them. Build times are wall-clock
+on a machine that may be doing other things.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import sys
 import traceback
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,10 +58,10 @@ def build(kind: str, net: str, precision: str, arguments: argparse.Namespace) ->
     )
     folder = (bundles[precision].parents[1] / "variants" / precision).resolve()
     manifest = json.loads((folder / "manifest.json").read_text())
-    onnx = manifest["parents"][0]
-    parents = (json.loads(path.read_text()) for path in folder.parent.glob("*/manifest.json"))
-    source = next(item for item in parents if item["key"] == onnx)
+    parents = {path.parent: json.loads(path.read_text()) for path in folder.parent.glob("*/manifest.json")}
+    place, source = next(item for item in parents.items() if item[1]["key"] == manifest["parents"][0])
     return {
+        "lint": lint(place / "model.onnx") if precision.startswith("int8") else None,
         "seconds": manifest["seconds"],
         "engine_bytes": manifest["files"]["model.engine"]["bytes"],
         "onnx_bytes": source["files"]["model.onnx"]["bytes"],
@@ -68,14 +70,26 @@ def build(kind: str, net: str, precision: str, arguments: argparse.Namespace) ->
     }
 
 
+def lint(path: Path) -> dict[str, int]:
+    """What `deploycnn lint` finds in the graph that the engine was built from: rule -> places; notes do not count."""
+    report = deploycnn.lint(path, "tensorrt")
+    return dict(Counter(item.rule for item in report.findings if item.severity != "note"))
+
+
 def row(net: str, precision: str, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"{net:22} {precision:10} failed: {result['error']}"
     size, onnx = result["engine_bytes"] / 2**20, result["onnx_bytes"] / 2**20
     return (
         f"{net:22} {precision:10} {result['seconds']:7.1f} s  engine {size:7.2f} MiB  onnx {onnx:7.2f} MiB  "
-        f"{result['audit']['census']}"
+        f"{result['audit']['census']}{linted(result['lint'])}"
     )
+
+
+def linted(found: dict[str, int] | None) -> str:
+    if found is None:
+        return ""
+    return "; lint: " + (", ".join(f"{rule} x{count}" for rule, count in found.items()) or "clean")
 
 
 def main() -> int:
@@ -111,7 +125,10 @@ def main() -> int:
     print(
         f"{sum(len(net) for net in results.values()) - failed} engines, {failed} failed; raw results: {path}"
     )
-    return 1 if failed else 0
+    unclean = [net for net, found in results.items() if found.get("int8", {}).get("lint")]
+    if unclean:
+        print(f"lint finds something in the INT8 graphs of {', '.join(unclean)}")
+    return 1 if failed or unclean else 0
 
 
 if __name__ == "__main__":

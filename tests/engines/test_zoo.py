@@ -5,6 +5,7 @@ LeNet-5 stands for the rest by default; all others are built where slow tests ru
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,22 @@ def test_every_precision_of_a_zoo_model_becomes_the_engine_that_it_asks_for(net:
         assert audited.audit.as_asked > 0.99, name
         shares = audited.audit.shares
         if name in REST:
+            assert deploycnn.lint(graph_of(tmp_path, name), "tensorrt").clean, name
             assert shares["int8"] > 0.4
             assert set(shares) <= {"int8", REST[name]}
         else:
             assert shares == {name: pytest.approx(1.0)}
     assert sizes["fp16"] < sizes["fp32"]
     assert {path.name for path in bundles["int8"].iterdir()} == {"model.engine", "layers.json", "deploy.json"}
+
+
+def graph_of(run: Path, variant: str) -> Path:
+    """The ONNX file that a variant's engine was built from."""
+    manifest = json.loads((run / "variants" / variant / "manifest.json").read_text())
+    known = {
+        json.loads(path.read_text())["key"]: path.parent for path in run.glob("artifacts/*/manifest.json")
+    }
+    return known[manifest["parents"][0]] / "model.onnx"
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.shipped() if name.startswith("tensorrt-")])
