@@ -23,6 +23,7 @@ EXPECTED = {
         "qat",
         "build_engine",
         "sparse",
+        "sparsify",
     },
     "source": {"zoo", "torchvision", "timm", "checkpoint", "entrypoint", "onnx"},
     "data": {"digits", "imagefolder", "cifar10"},

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Interval, Lt
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass
 from deploycnn.errors import RecipeError
+from deploycnn.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,14 @@ class Prune(Pass):
         "Module name -> share of its channels to remove, in place of `pruning_ratio`.",
     ] = field(default_factory=dict, hash=False)
 
+    steps: Annotated[
+        int, Ge(1), "Cuts in which the goal is reached; channels are ranked anew before each."
+    ] = 1
+    tune: Annotated[
+        TrainingSettings | None,
+        "Training between the cuts (options as of `train`), with `steps` of 2 or more.",
+    ] = None
+
     def __post_init__(self) -> None:
         if (self.pruning_ratio is None) == (self.macs_ratio is None):
             given = "neither" if self.pruning_ratio is None else "both"
@@ -77,8 +86,16 @@ class Prune(Pass):
                     f"prune: {name} is {ratio:g}, more than max_ratio = {self.max_ratio:g}; "
                     "lower it or raise max_ratio"
                 )
+        if (self.steps > 1) != (self.tune is not None):
+            raise RecipeError(
+                f"prune: steps is {self.steps} and tune is {'set' if self.tune else 'not set'}; set both or none"
+            )
+        if self.steps > 1 and self.ratios:
+            raise RecipeError(
+                "prune.ratios: do not go with steps; write a prune for each step in the recipe instead"
+            )
         # So that a recipe without data is refused before any work is done.
-        object.__setattr__(self, "needs_data", self.importance in _WITH_IMAGES)
+        object.__setattr__(self, "needs_data", self.importance in _WITH_IMAGES or self.steps > 1)
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Prune ``source``; widths, MACs and what was left alone are recorded under "pruning".
@@ -94,6 +111,7 @@ class Prune(Pass):
         from deploycnn.pruning.criteria import criterion
         from deploycnn.pruning.inputs import input_shape
         from deploycnn.pruning.pruner import Goal, prune
+        from deploycnn.pruning.schedule import prune_in_steps
         from deploycnn.training.determinism import deterministic
 
         if ctx.data is not None:
@@ -112,7 +130,19 @@ class Prune(Pass):
             ratios=self.ratios,
         )
         with deterministic(threads=ctx.threads, device=ctx.device):
-            record = prune(model, images, wanted, goal, seed=ctx.seed)
+            if self.tune is None:
+                record = prune(model, images, wanted, goal, seed=ctx.seed)
+            else:
+                model, record = prune_in_steps(
+                    model,
+                    images,
+                    wanted,
+                    goal,
+                    steps=self.steps,
+                    tune=lambda model, step: _tune(model, step, self.tune, ctx),
+                    scratch=ctx.scratch,
+                    seed=ctx.seed,
+                )
             save_model(model, ctx.output)
             _check_stored(model, images, ctx)
         ctx.log.info(
@@ -140,6 +170,31 @@ class Prune(Pass):
             options["norm"] = self.norm
         asked = {"pruning_ratio": self.pruning_ratio, "macs_ratio": self.macs_ratio}
         return options | {"asked": {name: ratio for name, ratio in asked.items() if ratio is not None}}
+
+
+def _tune(model: torch.nn.Module, step: int, settings: TrainingSettings | None, ctx: Context) -> Json:
+    """Train after the cut of that number; what it was like, without the epochs' details."""
+    from deploycnn.pruning import zeros
+    from deploycnn.training import artifact
+    from deploycnn.training.loop import fit
+    from deploycnn.training.losses import CrossEntropy
+
+    data = artifact.needed_data(ctx, "prune.tune")
+    if settings is None:
+        raise TypeError("called with settings only")
+    scratch = ctx.scratch / f"tune-{step}"
+    scratch.mkdir(exist_ok=True)
+    zeros.keep_zeros(model, zeros.meant(ctx.lineage))
+    # Another seed for each, so that no tuning sees the augmentations of the one before.
+    part = dataclasses.replace(ctx, scratch=scratch, seed=ctx.seed + step)
+    history = fit(
+        model, data, settings, loss=CrossEntropy(label_smoothing=settings.label_smoothing), ctx=part
+    )
+    return {
+        "epochs": len(history.epochs),
+        "val_top1_before": history.initial_val_top1,
+        "val_top1_after": history.kept_val_top1,
+    }
 
 
 def _check_stored(model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> None:
