@@ -4,8 +4,8 @@
 
 Random weights: sizes, build times and the audit do not depend on training. By default TensorRT-RTX builds ahead of
 time, which needs no GPU; with --target tensorrt the GPU at hand is built for. INT8 graphs are placed by the rules of
-`tensorrt` in both cases, and `deploycnn lint --target tensorrt` must find nothing in them. Build times are wall-clock
-on a machine that may be doing other things.
+`tensorrt` in both cases, and `deploycnn lint --target tensorrt` must find nothing in them. Build times are wall-clock,
+and the processor time of this process beside them: the latter hardly depends on what else the machine does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+import time
 import traceback
 from collections import Counter
 from datetime import datetime
@@ -22,6 +23,7 @@ from typing import Any
 
 import deploycnn
 from deploycnn import environment
+from deploycnn.engines import building
 from deploycnn.errors import DeployCNNError
 from deploycnn.models.zoo import BUILDERS, INPUT_SIZE
 
@@ -50,7 +52,26 @@ def recipe(kind: str, net: str, precision: str, level: int) -> dict[str, Any]:
     }
 
 
-def build(kind: str, net: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
+class Processor:
+    """Processor seconds of the engine that was built last; ``None`` where it lay there already."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self._build = building.build
+
+    def build(self, *arguments: Any, **named: Any) -> building.Built:
+        """As ``building.build``, whose place it takes."""
+        begin = time.process_time()
+        try:
+            return self._build(*arguments, **named)
+        finally:
+            self.seconds = time.process_time() - begin
+
+
+def build(
+    kind: str, net: str, precision: str, arguments: argparse.Namespace, processor: Processor
+) -> dict[str, Any]:
+    processor.seconds = None
     bundles = deploycnn.export(
         recipe(kind, net, precision, arguments.level),
         target=arguments.target,
@@ -63,6 +84,7 @@ def build(kind: str, net: str, precision: str, arguments: argparse.Namespace) ->
     return {
         "lint": lint(place / "model.onnx") if precision.startswith("int8") else None,
         "seconds": manifest["seconds"],
+        "cpu_seconds": processor.seconds,
         "engine_bytes": manifest["files"]["model.engine"]["bytes"],
         "onnx_bytes": source["files"]["model.onnx"]["bytes"],
         "audit": manifest["facts"]["record"]["audit"],
@@ -79,9 +101,11 @@ def lint(path: Path) -> dict[str, int]:
 def row(net: str, precision: str, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"{net:22} {precision:10} failed: {result['error']}"
+    spent = "     " if result["cpu_seconds"] is None else f"{result['cpu_seconds']:5.1f}"
     size, onnx = result["engine_bytes"] / 2**20, result["onnx_bytes"] / 2**20
     return (
-        f"{net:22} {precision:10} {result['seconds']:7.1f} s  engine {size:7.2f} MiB  onnx {onnx:7.2f} MiB  "
+        f"{net:22} {precision:10} {result['seconds']:7.1f} s  cpu {spent} s  engine {size:7.2f} MiB  "
+        f"onnx {onnx:7.2f} MiB  "
         f"{result['audit']['census']}{linted(result['lint'])}"
     )
 
@@ -102,12 +126,14 @@ def main() -> int:
     nets = [("zoo", net) for net in BUILDERS] + [("torchvision", net) for net in TORCHVISION]
     wanted = arguments.only.split(",") if arguments.only else None
     results: dict[str, dict[str, Any]] = {}
+    processor = Processor()
+    building.build = processor.build
     for kind, net in nets:
         if wanted and net not in wanted:
             continue
         for precision in CHAINS:
             try:
-                result = build(kind, net, precision, arguments)
+                result = build(kind, net, precision, arguments, processor)
             except DeployCNNError as error:
                 result = {"error": str(error)}
             except Exception as error:  # our own bug in one net must not hide what the others do
