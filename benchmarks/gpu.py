@@ -73,6 +73,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rebuilds", type=int, default=0, help="build each FP16 and INT8 engine so many times"
     )
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="RUNTIME", help="leave out runtimes that begin so"
+    )
     parser.add_argument("--weights", type=_pair, action="append", default=[], metavar="NET=FILE")
     parser.add_argument(
         "--data", type=_pair, action="append", default=[], metavar="NET=FOLDER", help="an image folder or zip"
@@ -95,11 +98,7 @@ def _pair(text: str) -> tuple[str, str]:
 def _measure(net: gpu_plan.Net, precisions: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """One net: the timed run, parity, audits and rebuilds; what fails as a whole is told as the reason."""
     weights, data = dict(options.weights).get(net.name), dict(options.data).get(net.name)
-    reasons = {
-        spec: "" if found.ok else f"{found.why}; {found.mend}"
-        for spec in gpu_plan.specs(precisions)
-        for found in [create(spec).availability()]
-    }
+    reasons = {spec: _reason(spec, options.without) for spec in gpu_plan.specs(precisions)}
     result: dict[str, Any] = {"net": net.name, "unavailable": {s: why for s, why in reasons.items() if why}}
     usable = [spec for spec, why in reasons.items() if not why]
     if not usable:
@@ -128,6 +127,15 @@ def _measure(net: gpu_plan.Net, precisions: Sequence[str], options: argparse.Nam
     if options.rebuilds:
         result["rebuilds"] = gpu_results.rebuilds(folder, options.rebuilds, options.budget, usable)
     return result
+
+
+def _reason(spec: str, without: Sequence[str]) -> str:
+    """Why a runtime is not measured; empty where it is."""
+    for prefix in without:
+        if spec.startswith(prefix):
+            return f"left out as asked (--without {prefix})"
+    found = create(spec).availability()
+    return "" if found.ok else f"{found.why}; {found.mend}"
 
 
 def _write(

@@ -238,6 +238,14 @@ def test_the_plan_is_printed_without_a_gpu(script: ModuleType, capsys: pytest.Ca
     assert sum("tensorrt:trt+graph+device" in line for line in lines) == 2
 
 
+def test_what_is_left_out_as_asked_says_so(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(availability=lambda: SimpleNamespace(ok=False, why="absent", mend="install it"))
+    monkeypatch.setattr(script, "create", lambda _: runtime)
+    assert script._reason("tensorrt:trt+device", ["pytorch:compiled"]) == "absent; install it"
+    reason = script._reason("pytorch:compiled-cuda+device", ["pytorch:compiled"])
+    assert reason == "left out as asked (--without pytorch:compiled)"
+
+
 def test_what_nothing_explains_is_a_failure(
     script: ModuleType, plan: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
