@@ -24,6 +24,7 @@ EXPECTED = {
         "build_engine",
         "sparse",
         "sparsify",
+        "drop_blocks",
     },
     "source": {"zoo", "torchvision", "timm", "checkpoint", "entrypoint", "onnx"},
     "data": {"digits", "imagefolder", "cifar10"},

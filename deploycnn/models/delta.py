@@ -2,12 +2,13 @@
 
 Structured pruning changes sizes and the plain attributes that mirror them (``out_channels``, ``groups``,
 ``num_features``, ``normalized_shape``, a shortcut's padding, ...), never the modules themselves. So a pruned
-model is its base architecture plus these differences; nothing has to be pickled.
+model is its base architecture plus these differences; nothing has to be pickled. The one exception: a residual block
+that was dropped leaves a :class:`Dropped` in its place, and is told by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,13 @@ from torch import Tensor, fx, nn
 
 from deploycnn.core import Json
 from deploycnn.errors import ArtifactError
+
+
+class Dropped(nn.Identity):
+    """Stands where a residual block was dropped; another class, so that no other replacement passes for one."""
+
+
+_PARTS = {"attributes", "shapes", "shared", "transient", "dropped"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +35,14 @@ class Delta:
         shapes: Parameter or buffer name -> shape, where it is not the base's.
         shared: Name -> the name under which the same parameter or buffer is stored.
         transient: Buffers that a state dict leaves out but whose values are not the base's.
+        dropped: Names of modules in whose place a :class:`Dropped` stands.
     """
 
     attributes: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     transient: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
         """As plain JSON values; empty parts are left out."""
@@ -41,6 +51,7 @@ class Delta:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "shared": dict(self.shared),
             "transient": list(self.transient),
+            "dropped": list(self.dropped),
         }
         return {name: part for name, part in parts.items() if part}
 
@@ -51,8 +62,8 @@ class Delta:
         Raises:
             ArtifactError: the value is no delta.
         """
-        if not isinstance(value, dict) or value.keys() - {"attributes", "shapes", "shared", "transient"}:
-            raise ArtifactError("the delta should hold attributes, shapes, shared and transient only")
+        if not isinstance(value, dict) or value.keys() - _PARTS:
+            raise ArtifactError(f"the delta should hold {', '.join(sorted(_PARTS))} only")
         try:
             return cls(
                 attributes={name: dict(values) for name, values in value.get("attributes", {}).items()},
@@ -62,6 +73,7 @@ class Delta:
                 },
                 shared=dict(value.get("shared", {})),
                 transient=tuple(value.get("transient", ())),
+                dropped=tuple(value.get("dropped", ())),
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ArtifactError(f"the delta is damaged ({error})") from error
@@ -110,9 +122,15 @@ def _is_plain(value: object) -> bool:
 def difference(model: nn.Module, base: nn.Module) -> Delta:
     """What has to be changed in ``base`` to get ``model``, tensor values apart.
 
+    Args:
+        model: The model.
+        base: Its architecture, freshly built; what ``model`` has dropped is dropped from it, too.
+
     Raises:
         ArtifactError: modules were added, removed or replaced, which a delta cannot tell.
     """
+    dropped = _dropped(model, base)
+    drop(base, dropped)
     _check_same_modules(model, base)
     _check_same_code(model, base)
     ours, theirs = tensors(model), tensors(base)
@@ -140,6 +158,21 @@ def difference(model: nn.Module, base: nn.Module) -> Delta:
         transient=tuple(
             name for name in ours if name not in persistent and not _same(ours[name], theirs[name])
         ),
+        dropped=dropped,
+    )
+
+
+def drop(model: nn.Module, names: Iterable[str]) -> None:
+    """Put an identity in the place of modules, in place."""
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, Dropped())
+
+
+def _dropped(model: nn.Module, base: nn.Module) -> tuple[str, ...]:
+    theirs = dict(base.named_modules())
+    return tuple(
+        name for name, module in model.named_modules() if isinstance(module, Dropped) and name in theirs
     )
 
 
@@ -205,6 +238,12 @@ def apply(delta: Delta, base: nn.Module, stored: Mapping[str, Tensor]) -> None:
     Raises:
         ArtifactError: they do not fit; lists what is missing, unexpected or of another shape.
     """
+    unknown = sorted(set(delta.dropped) - dict(base.named_modules()).keys())
+    if unknown:
+        raise ArtifactError(
+            f"the delta drops modules that the architecture does not have: {listing(unknown)}"
+        )
+    drop(base, delta.dropped)
     _apply_attributes(delta, base)
     before = tensors(base)
     unknown = sorted((delta.shapes.keys() | delta.shared.keys() | set(delta.transient)) - before.keys())

@@ -38,6 +38,8 @@ def test_defaults_are_valid_values_of_the_schema(kind: str, name: str) -> None:
         options["pruning_ratio"] = 0.5
     if name == "distill":
         options["teacher"] = "fp32"
+    if name == "drop_blocks":
+        options["count"] = 2
     if name == "sparse":
         options["pattern"] = "2:4"
     if name == "entrypoint":

@@ -1,0 +1,166 @@
+"""Whole residual blocks: which can go, and which are missed least.
+
+A block whose branch computes nothing passes its input on. So a module is a residual block, and can be an identity, if
+it gives its input back once all its parameters are zero: this is tried out, not guessed from names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deploycnn.errors import PassRequirementError, nearest
+from deploycnn.models.delta import drop
+from deploycnn.pruning.layers import MIXING
+from deploycnn.pruning.structure import suggestions
+from deploycnn.pruning.tracing import forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missed:
+    """A block and what its loss costs.
+
+    Attributes:
+        name: Of the module.
+        loss_increase: Mean cross-entropy on training images without it, less that with it; when it was looked at last.
+        dropped: Whether it is gone.
+    """
+
+    name: str
+    loss_increase: float
+    dropped: bool
+
+
+def droppable(model: nn.Module, images: Tensor) -> tuple[str, ...]:
+    """Names of the modules that can be an identity, in the order of the model's modules; of nested ones the innermost.
+
+    Args:
+        model: Left as it is.
+        images: Example input, (N, C, H, W).
+    """
+    calls: Counter[str] = Counter()
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if not name or not any(
+            isinstance(layer, MIXING) for layer in module.modules() if layer is not module
+        ):
+            continue
+
+        def note(_: nn.Module, inputs: tuple[object, ...], output: object, name: str = name) -> None:
+            calls[name] += 1
+            value = inputs[0] if len(inputs) == 1 else None
+            if isinstance(value, Tensor) and isinstance(output, Tensor) and value.shape == output.shape:
+                seen[name] = value
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            forward(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [
+        name
+        for name, value in seen.items()
+        if calls[name] == 1 and _passes_on(model.get_submodule(name), value)
+    ]
+    inner_most = {name for name in found if not any(other.startswith(name + ".") for other in found)}
+    return tuple(name for name, _ in model.named_modules() if name in inner_most)
+
+
+def _passes_on(block: nn.Module, value: Tensor) -> bool:
+    """Whether a block with all parameters zero gives ``value`` back."""
+    if isinstance(block, torch.fx.GraphModule):
+        return False
+    silent = copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in silent.parameters():
+            parameter.zero_()
+        return torch.equal(silent(value), value)
+
+
+def rank_and_drop(
+    model: nn.Module,
+    candidates: Sequence[str],
+    count: int,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    *,
+    progress: Callable[[int, int], None] = lambda _, __: None,
+) -> list[Missed]:
+    """Drop blocks one after the other in place, each time the one without which the loss is least.
+
+    Args:
+        model: In evaluation mode, on the device of the images.
+        candidates: Of :func:`droppable`.
+        count: How many to drop, at most all.
+        batches: Gives (images, class indices) of the training split, anew with each call.
+        progress: Called with the number of blocks tried and of all trials.
+
+    Returns:
+        Every candidate, those dropped first, in that order.
+    """
+    left, dropped = list(candidates), []
+    increases: dict[str, float] = {}
+    trials = sum(len(candidates) - index for index in range(count))
+    tried = 0
+    base = _loss(model, batches())
+    for _ in range(count):
+        for name in left:
+            increases[name] = _loss_without(model, name, batches()) - base
+            tried += 1
+            progress(tried, trials)
+        least = min(left, key=lambda name: increases[name])
+        drop(model, (least,))
+        left.remove(least)
+        dropped.append(least)
+    return [
+        Missed(name=name, loss_increase=increases[name], dropped=name in dropped)
+        for name in [*dropped, *left]
+    ]
+
+
+def _loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    total, seen = 0.0, 0
+    with torch.no_grad():
+        for images, labels in batches:
+            total += float(functional.cross_entropy(model(images), labels, reduction="sum"))
+            seen += len(images)
+    if not seen:
+        raise PassRequirementError("drop_blocks: needs images, but the training split has none")
+    return total / seen
+
+
+def _loss_without(model: nn.Module, name: str, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Of the model while a block passes its input on."""
+    handle = model.get_submodule(name).register_forward_hook(lambda _module, inputs, _output: inputs[0])
+    try:
+        return _loss(model, batches)
+    finally:
+        handle.remove()
+
+
+def check_names(model: nn.Module, candidates: Sequence[str], names: Sequence[str]) -> None:
+    """Names that a user gives must be blocks that can go.
+
+    Raises:
+        PassRequirementError: one is not.
+    """
+    named: Mapping[str, nn.Module] = dict(model.named_modules())
+    for name in names:
+        if name not in named:
+            known = suggestions(named, name)
+            raise PassRequirementError(
+                f'drop_blocks.names: the model has no module "{name}"; {nearest(name, known)}'
+            )
+        if name not in candidates:
+            raise PassRequirementError(
+                f'drop_blocks.names: "{name}" is no residual block with an identity shortcut, so it cannot be dropped; '
+                f"{nearest(name, candidates)}"
+            )

@@ -1,0 +1,76 @@
+"""The pass `drop_blocks`: from artifact to artifact."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deploycnn import schema
+from deploycnn.core import Artifact
+from deploycnn.errors import PassRequirementError, RecipeError
+from deploycnn.models.artifact import load_model
+from deploycnn.models.macs import count_macs
+from deploycnn.passes.drop_blocks import DropBlocks
+from tests.passes.test_prune import RELOAD, context, made_by, noise
+
+
+@pytest.fixture
+def resnet(tmp_path: Path) -> Artifact:
+    return made_by("source", "zoo", {"name": "resnet20"}, context(tmp_path / "source", data=noise()))
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_dropped_then_pruned_and_exported_reloads_bit_for_bit(resnet: Artifact, tmp_path: Path) -> None:
+    options = {"count": 2, "importance_images": 40}
+    shallow = made_by("pass", "drop_blocks", options, context(tmp_path / "d", data=noise()), resnet)
+    record = shallow.facts.record["blocks"]
+    assert len(record["dropped"]) == 2
+    assert set(record["dropped"]) < set(record["candidates"])
+    assert shallow.facts.macs == record["macs_after"] < 0.85 * record["macs_before"]
+    assert shallow.facts.macs == count_macs(load_model(shallow.path), (3, 32, 32))
+    assert [row[2] for row in shallow.facts.record["tables"][0]["rows"]] == [True] * 2 + [False] * 5
+
+    pruned = made_by("pass", "prune", {"pruning_ratio": 0.5}, context(tmp_path / "p", data=noise()), shallow)
+    exported = made_by("pass", "export", {}, context(tmp_path / "e"), pruned)
+    assert exported.path.exists()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_model(pruned.path)(images).numpy()
+    np.save(tmp_path / "images.npy", images.numpy())
+    arguments = [pruned.path, tmp_path / "images.npy", tmp_path / "logits.npy"]
+    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+
+
+def test_blocks_by_name_need_no_data(resnet: Artifact, tmp_path: Path) -> None:
+    step = DropBlocks(names=("layer2.1",))
+    assert not step.needs_data
+    draft = step.run(resnet, context(tmp_path / "d"))
+    assert draft.facts.record["blocks"]["dropped"] == ["layer2.1"]
+
+
+def test_more_blocks_than_there_are(resnet: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(PassRequirementError, match="count: 9, but the model has 7 residual blocks"):
+        DropBlocks(count=9).run(resnet, context(tmp_path / "d", data=noise()))
+    with pytest.raises(PassRequirementError, match="count: 5, but the model has 4"):
+        DropBlocks(count=5, protect=("layer1",)).run(resnet, context(tmp_path / "p", data=noise()))
+
+
+@pytest.mark.parametrize("options", [{}, {"count": 1, "names": ["layer1.0"]}])
+def test_one_of_count_and_names(options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="exactly one of count and names"):
+        schema.build(DropBlocks, options, "drop_blocks")
