@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import gpu_engines
 import gpu_plan
 import gpu_results
 
@@ -123,9 +124,11 @@ def _measure(net: gpu_plan.Net, precisions: Sequence[str], options: argparse.Nam
         return {**result, "failed": str(error)}
     result |= gpu_results.of_run(run)
     result["parity"] = gpu_results.parity(folder, usable)
-    result["audits"] = gpu_results.audits(folder, batch_size=min(8, max(options.batch_sizes)))
+    batch_size = min(8, max(options.batch_sizes))
+    result["audits"] = gpu_engines.audits(folder, batch_size=batch_size)
+    result["streams"] = gpu_engines.streams(folder, usable, batch_size)
     if options.rebuilds:
-        result["rebuilds"] = gpu_results.rebuilds(folder, options.rebuilds, options.budget, usable)
+        result["rebuilds"] = gpu_engines.rebuilds(folder, options.rebuilds, options.budget, usable)
     return result
 
 

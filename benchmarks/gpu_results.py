@@ -1,10 +1,9 @@
-"""From the runs of `benchmarks/gpu.py` to its table: figures, parity, audits, rebuilds, reasons of what is missing."""
+"""From the runs of `benchmarks/gpu.py` to its table: figures, parity, and the reasons of what is missing."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 import deploycnn
-from deploycnn import files, store
+from deploycnn import store
 from deploycnn.core import Artifact
-from deploycnn.engines.auditing import audit_engine
 from deploycnn.errors import DeployCNNError
 from deploycnn.runtimes.base import create, untimed
 
@@ -115,95 +113,6 @@ def _deviation(
     }
 
 
-def audits(folder: Path, *, batch_size: int) -> list[dict[str, Any]]:
-    """Census of each engine; with its layers' times where its runtime runs here."""
-    found = []
-    for variant, artifact in artifacts(folder).items():
-        if artifact.format != "engine":
-            continue
-        spec = gpu_plan.ENGINES[variant.partition("-")[0]][1]
-        times, why = None, ""
-        try:
-            times = _layer_times(artifact, spec, batch_size, folder / "layer-times" / f"{variant}.json")
-        except DeployCNNError as error:
-            why = f"no times of layers: {error}"
-        try:
-            audited = audit_engine(artifact.path, times=times)
-            result: dict[str, Any] = {
-                "census": audited.audit.census(),
-                "metrics": audited.audit.metrics(),
-                "source": audited.source,
-                "times_at_batch": batch_size if times else None,
-            }
-        except DeployCNNError as error:
-            result, why = {"census": ""}, f"no audit: {error}"
-        found.append({"variant": variant, "why": why, **result})
-    return found
-
-
-def _layer_times(artifact: Artifact, spec: str, batch_size: int, target: Path) -> Path:
-    shape = [size or 1 for size in artifact.inputs[0].shape[1:]]
-    images = np.random.default_rng(0).standard_normal((batch_size, *shape), dtype=np.float32)
-    session: Any = create(spec).open(artifact, batch_size=batch_size, threads=1)
-    try:
-        times = session.layer_times(images)
-    finally:
-        session.close()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(target, times)
-    return target
-
-
-def rebuilds(folder: Path, count: int, budget_s: float, usable: Sequence[str]) -> list[dict[str, Any]]:
-    """Build engines of one graph ``count`` times, without what earlier builds timed, and time them side by side."""
-    found = []
-    made = artifacts(folder)
-    for form, (flavour, spec) in gpu_plan.ENGINES.items():
-        for precision in ("fp16", "int8_fp16"):
-            graph = made.get(f"onnx-{precision}")
-            where = {"variant": f"{form}-{precision}", "builds": count}
-            if spec not in usable or graph is None:
-                why = f"{spec} does not run here" if graph else f"onnx-{precision} was not made"
-                found.append({**where, "why": why})
-                continue
-            try:
-                found.append(
-                    {
-                        **where,
-                        **_rebuild(
-                            graph, folder / "rebuilds" / where["variant"], flavour, spec, count, budget_s
-                        ),
-                    }
-                )
-            except DeployCNNError as error:
-                found.append({**where, "why": str(error)})
-    return found
-
-
-def _rebuild(
-    graph: Artifact, folder: Path, flavour: str, spec: str, count: int, budget_s: float
-) -> dict[str, Any]:
-    build = {"flavour": flavour, "max_batch": 64, "opt_batch": 8, "timing_cache": False}
-    runs = []
-    for number in range(count):
-        recipe = {
-            "source": {"onnx": str(graph.path)},
-            "target": "tensorrt",
-            "variants": {"engine": [{"build_engine": build}]},
-        }
-        runs.append(folder / f"build{number}")
-        deploycnn.export(recipe, out=runs[-1])
-    run = deploycnn.profile(
-        *runs, runtimes=(f"{spec}+device",), batch_sizes=(8,), threads=(1,), budget_s=max(budget_s, 2.0),
-        out=folder / f"profile-{count}",
-    )  # fmt: skip
-    medians = [row["median_ms"] for row in run.report["measurements"] if row["status"] == "measured"]
-    if not medians:
-        return {"why": "; ".join(row["why"] for row in run.report["measurements"])}
-    middle = statistics.median(medians)
-    return {"median_ms": middle, "medians_ms": medians, "spread": (max(medians) - min(medians)) / middle}
-
-
 def join(rows: Sequence[gpu_plan.Combination], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every planned row with its figures, or with the reason why there are none."""
     nets = {result["net"]: result for result in measured}
@@ -298,6 +207,14 @@ def _told(result: Mapping[str, Any]) -> list[str]:
             else ""
         )
         lines.append(f"{net} {item['builds']} builds of {item['variant']}: {figures}{_why(item)}")
+    lines += [
+        f"{net} {item['variant']} at batch {item['batch_size']}: "
+        + ", ".join(
+            f"{count} stream{'s' * (count > 1)} {ips:.0f} images/s" for count, ips in item["images_per_s"]
+        )
+        + _why(item)
+        for item in result.get("streams", ())
+    ]
     data = result.get("data")
     if data is not None and any(row.get("top1") is not None for row in result.get("measurements", ())):
         lines.append(f"{net} top1: {data['name']}, test split of {data['counts']['test']} images")

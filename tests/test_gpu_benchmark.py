@@ -38,7 +38,12 @@ def results(plan: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def script(results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def engines(results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("gpu_engines", monkeypatch)
+
+
+@pytest.fixture
+def script(engines: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("gpu", monkeypatch)
 
 
@@ -138,6 +143,10 @@ RESULT: dict[str, Any] = {
         },
         {"variant": "rtx-fp16", "builds": 3, "why": "tensorrt:rtx does not run here"},
     ],
+    "streams": [
+        {"variant": "trt-fp16", "batch_size": 8, "images_per_s": [(1, 1000.4), (2, 1900.0)]},
+        {"variant": "rtx-fp16", "batch_size": 8, "images_per_s": [], "why": "tensorrt:rtx does not run here"},
+    ],
     "gpu": {
         "1": {
             "name": "NVIDIA Fake", "driver": "580.65", "sm_clock_mhz": [1900, 1980], "memory_clock_mhz": None,
@@ -196,6 +205,8 @@ def test_the_table_tells_figures_and_everything_that_is_missing(
         "audit rtx-fp16          (no audit: damaged)",
         "3 builds of trt-fp16: median 0.500 ms, from build to build 12.5%",
         "3 builds of rtx-fp16:  (tensorrt:rtx does not run here)",
+        "trt-fp16 at batch 8: 1 stream 1000 images/s, 2 streams 1900 images/s",
+        "rtx-fp16 at batch 8:  (tensorrt:rtx does not run here)",
         "GPU at batch 1: NVIDIA Fake, driver 580.65: SM clock 1900 to 1980 MHz, power 210.5 to 301 W, temperature",
         "held down by power cap",
         "GPU at batch 8: not recorded",

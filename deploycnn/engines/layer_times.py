@@ -19,7 +19,7 @@ def layer_times(
 
     Args:
         flavour: The library that ``context`` is of.
-        context: An execution context whose input is set; the profiler is taken off it again.
+        context: An execution context whose input is set. It keeps the profiler, so it should serve nothing else.
         run: Enqueues it once and waits until it is done.
         runs: Runs that are timed.
         warmup: Runs before them that are not.
@@ -41,14 +41,11 @@ def layer_times(
     profiler = _Profiler()
     context.profiler = profiler
     kept: dict[str, list[float]] = {}
-    try:
-        for index in range(warmup + runs):
-            profiler.seen = {}
-            run()
-            if index < warmup:
-                continue
-            for name, milliseconds in profiler.seen.items():
-                kept.setdefault(name, []).append(milliseconds)
-    finally:
-        context.profiler = None
+    for index in range(warmup + runs):
+        profiler.seen = {}
+        run()
+        if index < warmup:
+            continue
+        for name, milliseconds in profiler.seen.items():
+            kept.setdefault(name, []).append(milliseconds)
     return {name: statistics.median(values) for name, values in kept.items()}

