@@ -13,7 +13,7 @@ from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected
 from deploycnn.pruning.layers import is_producer, width
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
-from deploycnn.pruning.tracing import forward, propose, unreached
+from deploycnn.pruning.tracing import check_control_flow, forward, propose, unreached
 
 #: Images for trials are not made smaller than this: networks reduce them up to 32 times.
 _LEAST_SIDE = 48
@@ -55,6 +55,7 @@ def analyse(model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), se
             raise PassRequirementError(
                 f'prune.protect: the model has no module "{name}"; {nearest(name, suggestions(named, name))}'
             )
+    check_control_flow(model, images)
     trial = images.detach().double()
     twin = randomized(model, trial, seed)
     groups, graph = propose(twin, trial, training_heads=False)

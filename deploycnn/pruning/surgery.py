@@ -62,12 +62,12 @@ def difference(
     Returns:
         The largest difference relative to the largest output, or how the model without these channels fails.
     """
-    silenced = _sharing(model)
+    silenced = sharing(model)
     silence(silenced, cuts)
     with torch.no_grad():
         expected = forward(silenced, images, training_heads=training_heads)
     del silenced
-    pruned = _sharing(model)
+    pruned = sharing(model)
     try:
         remove(pruned, cuts)
         with torch.no_grad():
@@ -78,7 +78,7 @@ def difference(
     return _largest(expected, actual)
 
 
-def _sharing(model: nn.Module) -> nn.Module:
+def sharing(model: nn.Module) -> nn.Module:
     """A copy of the modules that shares all tensors: surgery replaces tensors, it never writes into them."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

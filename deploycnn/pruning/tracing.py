@@ -8,13 +8,18 @@ the model before it is believed (see ``structure.py``).
 from __future__ import annotations
 
 import math
+import os
+import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_pruning import ops
 from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 
@@ -151,6 +156,40 @@ def forward(model: nn.Module, images: Tensor, *, training_heads: bool = False) -
         model.eval()
 
 
+class _NoPeeking(TorchDispatchMode):
+    """Refuses to turn tensors into Python values, which is what control flow that depends on data does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PEEKS:
+            frames = [frame for frame in traceback.extract_stack() if not _is_torch(frame.filename)]
+            where = next((f for f in reversed(frames) if f.filename != __file__), None)
+            seen = (
+                f' ({Path(where.filename).name}:{where.lineno}: "{where.line}")' if where is not None else ""
+            )
+            raise PassRequirementError(
+                f"prune: which way the model takes depends on the values in the images{seen}, so no single run shows "
+                "which channels depend on one another; write it without this choice (torch.where)"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_PEEKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)  # noqa: SLF001 - its only name
+
+
+def _is_torch(filename: str) -> bool:
+    return f"{os.sep}torch{os.sep}" in filename
+
+
+def check_control_flow(model: nn.Module, images: Tensor) -> None:
+    """Refuse a model whose path depends on what it sees.
+
+    Raises:
+        PassRequirementError: it does; names the line.
+    """
+    with torch.no_grad(), _NoPeeking():
+        forward(model, images)
+
+
 def _tensors(outputs: object) -> Iterator[Tensor]:
     if isinstance(outputs, Tensor):
         yield outputs
@@ -172,6 +211,20 @@ def unreached(model: nn.Module, graph: tp.DependencyGraph) -> tuple[str, ...]:
     )
 
 
+def _ties(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers that share a parameter with another layer, and that layer's name."""
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        if len(set(names)) > 1
+        for name in names
+    }
+
+
 class _Reader:
     """Reads groups off a graph, each channel of each layer once."""
 
@@ -182,6 +235,7 @@ class _Reader:
         self.graph = graph
         self.repeated = repeated
         self.taken: set[tuple[str, Side, int]] = set()
+        self.ties = _ties(self.modules)
 
     def read(self) -> Groups:
         """All groups, in the order of the model's layers.
@@ -264,6 +318,9 @@ class _Reader:
                 return "a reshape moves these channels to other places, as channel shuffles do"
             if isinstance(layer, nn.Parameter):
                 return "a parameter that belongs to no layer is as wide as these channels"
+            if self.names.get(layer) in self.ties:
+                name = self.names[layer]
+                return f"{name} has its weights in common with {self.ties[name]}, which would come apart"
             if layer in self.repeated:
                 return f"{self.names[layer]} holds these channels and is run more than once"
             if not isinstance(layer, SUPPORTED) and next(layer.parameters(), None) is not None:

@@ -139,3 +139,15 @@ def test_wrong_steps_are_recipe_errors(options: dict[str, Any], message: str) ->
     with pytest.raises(RecipeError) as caught:
         schema.build(Prune, {"pruning_ratio": 0.5} | options, "prune")
     assert message in str(caught.value)
+
+
+def test_sensitivity_and_widths_are_tabled(tmp_path: Path) -> None:
+    source = make_artifact(tmp_path / "source")
+    step = Prune(pruning_ratio=0.5, round_to=1, sensitivity=True)
+    assert step.needs_data
+    draft = step.run(source, context(tmp_path / "p", data=DATA))
+    widths, sensitivity = draft.facts.record["tables"]
+    assert widths["rows"][0][1] > widths["rows"][0][2]
+    assert sensitivity["rows"][0][0] == "(nothing removed)"
+    assert len(sensitivity["rows"]) == 5
+    assert all(0 <= value <= 1 for row in sensitivity["rows"] for value in row[2:])

@@ -1,0 +1,169 @@
+"""Models and wishes that pruning must refuse, each with one line that says what and where."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deploycnn.cli import main
+from deploycnn.errors import PassRequirementError
+from deploycnn.models.artifact import architecture, save_model
+from deploycnn.models.cifar_resnet import CifarResNet
+from deploycnn.pruning.layers import widths
+from deploycnn.pruning.pruner import Goal, prune
+from deploycnn.pruning.structure import analyse
+from tests.pruning import nets
+from tests.pruning.test_pruner import MAGNITUDE
+
+CODE = '''
+import torch
+from torch import nn
+
+
+class Chooser(nn.Module):
+    """Takes another way for bright images."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.bright = nn.Conv2d(16, 16, 3)
+        self.dark = nn.Conv2d(16, 16, 3)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, images):
+        x = self.stem(images)
+        if images.mean() > 0:
+            x = self.bright(x)
+        else:
+            x = self.dark(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 16, 3),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 10),
+        )
+'''
+
+
+class Tied(nn.Module):
+    """Two layers with the same weights, and one beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.one = nn.Conv2d(16, 16, 3, padding=1)
+        self.two = nn.Conv2d(16, 16, 3, padding=1)
+        self.two.weight = self.one.weight
+        self.free = nn.Conv2d(16, 32, 1)
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.one(torch.relu(self.stem(images))))
+        return self.fc(torch.relu(self.free(torch.relu(self.two(x)))).mean((2, 3)))
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "chooser_net.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield tmp_path
+    sys.path[:] = path
+    sys.modules.pop("chooser_net", None)
+
+
+def test_tied_weights_stay_and_are_named() -> None:
+    model = Tied()
+    structure = analyse(model, nets.images())
+    reasons = {layer: kept.reason for kept in structure.protected for layer in kept.layers}
+    assert {group.name for group in structure.groups} == {"free"}
+    assert reasons["one"] == "one has its weights in common with two, which would come apart"
+    record = prune(model, nets.images(), MAGNITUDE, Goal(pruning_ratio=0.5))
+    assert model.one.weight is model.two.weight
+    assert set(record["widths"]) == {"free", "fc"}
+    with pytest.raises(
+        PassRequirementError, match='nothing in "one" can be pruned: one has its weights in common with two'
+    ):
+        prune(Tied(), nets.images(), MAGNITUDE, Goal(pruning_ratio=0.5, ratios={"one": 0.5}))
+
+
+def test_control_flow_that_depends_on_data_is_refused_with_its_line(user_module: Path) -> None:
+    sys.path.insert(0, str(user_module))
+    import chooser_net
+
+    model = chooser_net.Chooser()
+    before = widths(model)
+    message = r'depends on the values in the images \(chooser_net.py:18: "if images.mean\(\) > 0:"\)'
+    with pytest.raises(PassRequirementError, match=message):
+        prune(model, nets.images(), MAGNITUDE, Goal(pruning_ratio=0.5))
+    assert widths(model) == before
+
+
+def test_choices_by_shape_are_no_choices_by_data() -> None:
+    class ByShape(CifarResNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images if images.shape[-1] > 8 else images.repeat(1, 1, 2, 2))
+
+    assert analyse(ByShape(8), nets.images(32)).groups
+
+
+RECIPE = {"name": "bad", "preprocessing": {"size": 16}, "data": "digits", "profile": {"budget_s": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("function", "prune_options", "message"),
+    [
+        ("Chooser", {"pruning_ratio": 0.5}, "depends on the values in the images"),
+        (
+            "Plain",
+            {"pruning_ratio": 0.5, "protect": ["0", "2"]},
+            "no layer can be pruned: these are the model's outputs; protected by the recipe (0)",
+        ),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(
+    function: str, prune_options: object, message: str, user_module: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = RECIPE | {
+        "source": {"entrypoint": f"chooser_net:{function}"},
+        "variants": {"small": [{"prune": prune_options}, "export"]},
+    }
+    recipe["preprocessing"] = {"size": 16, "channels": "rgb"}
+    (user_module / "r.yaml").write_text(json.dumps(recipe))
+    assert main(["compress", "r.yaml", "--out", "out"]) == 2
+    told = capsys.readouterr()
+    assert message in " ".join((told.err + told.out).split())
+    assert "Traceback" not in told.err + told.out
+    assert not list(user_module.glob("out/**/prune*/**/model.safetensors"))
+
+
+def test_a_checkpoint_that_does_not_fit_the_delta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = {}
+    for name, ratio in (("half", 0.5), ("dense", None)):
+        model = CifarResNet(20).eval()
+        if ratio is not None:
+            prune(model, nets.images(32), MAGNITUDE, Goal(pruning_ratio=ratio))
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        save_model(model, folders[name], architecture("zoo", {"name": "resnet20", "in_channels": 3}, 10))
+    stored = (folders["dense"] / "model.safetensors").read_bytes()
+    (folders["half"] / "model.safetensors").write_bytes(stored)
+    assert main(["inspect", str(folders["half"])]) == 2
+    told = capsys.readouterr()
+    text = " ".join((told.err + told.out).split())
+    assert "tensors of another shape than the architecture and its delta say" in text
+    assert "conv1.weight is [16, 3, 3, 3], not [8, 3, 3, 3]" in text
+    assert "Traceback" not in text
