@@ -186,8 +186,9 @@ def check_control_flow(model: nn.Module, images: Tensor) -> None:
     Raises:
         PassRequirementError: it does; names the line.
     """
+    weight = next(model.parameters(), images)
     with torch.no_grad(), _NoPeeking():
-        forward(model, images)
+        forward(model, images.to(weight.dtype))
 
 
 def _tensors(outputs: object) -> Iterator[Tensor]:
