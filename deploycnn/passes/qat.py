@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Interval
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass
 from deploycnn.errors import PassRequirementError
 from deploycnn.training.settings import Optimizer, TrainingSettings
+from deploycnn.training.teaching import Method, TeachingSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,23 +21,25 @@ _PARITY_IMAGES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qat(TrainingSettings, Pass):
+class Qat(TeachingSettings, TrainingSettings, Pass):
     """Quantization-aware training of exactly the graph that is deployed, taught by the float graph it came from.
 
     Put it behind ``int8``. Weights, and where asked for scales, change; nodes do not. LSQ: Esser et al.
-    2020; distillation: Hinton et al. 2015.
+    2020. The teacher's term is that of ``distill``.
 
     Raises:
-        ValueError: scales are to be learned with adamw, which would undo LSQ's scaling of their gradients.
+        ValueError: ``beta`` with kd, or scales are to be learned with adamw, which would undo LSQ's scaling of their
+            gradients.
     """
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs_data: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     # The weights are good already, and batch norms, which would forgive large steps, are folded.
     default_lr: ClassVar[Mapping[Optimizer, float]] = {"sgd": 2e-3, "adamw": 1e-4}
+    default_alpha: ClassVar[Mapping[Method, float]] = {"kd": 1.0, "dkd": 1.0, "dist": 1.0}
 
     epochs: Annotated[int, Ge(0), "Passes over the training split."] = 2
     weight_decay: Annotated[float, Ge(0), "Of kernels and matrices; biases and scales are not decayed."] = (
@@ -45,9 +48,8 @@ class Qat(TrainingSettings, Pass):
     teacher: Annotated[
         str | None, "Variant whose last torch model teaches; null: the float ONNX model that was quantized."
     ] = None
-    temperature: Annotated[float, Gt(0), "Divides the logits of teacher and student."] = 4.0
     label_weight: Annotated[
-        float, Ge(0), "Weight of the labels' cross-entropy beside the teacher's term, 1."
+        float | None, Ge(0), "Weight of the labels' cross-entropy; null: as in distill."
     ] = 0.0
     learn_scales: Annotated[bool, "Train the scales of activations and weights too (LSQ)."] = True
     min_agreement: Annotated[
@@ -58,6 +60,7 @@ class Qat(TrainingSettings, Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_teaching()
         if self.learn_scales and self.optimizer == "adamw":
             raise ValueError("learn_scales needs optimizer sgd: adamw would undo LSQ's scaling of gradients")
 
@@ -98,11 +101,8 @@ class Qat(TrainingSettings, Pass):
         teacher_top1 = val_top1(model_to(teacher, ctx.device), data, self.batch_size, ctx)
         loss = Distillation(
             teacher=teacher,
-            method="kd",
-            temperature=self.temperature,
-            alpha=1.0,
-            beta=0.0,
-            label_weight=self.label_weight,
+            method=self.method,
+            **self.weights,
             label_smoothing=self.label_smoothing,
         )
         quantized = load_onnx(source.path)

@@ -18,6 +18,7 @@ from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.importance import SCALING
 from deploycnn.pruning.layers import by_channel
 from deploycnn.training.losses import Loss
+from deploycnn.training.view import View
 
 Method = Literal["group_lasso", "growing"]
 
@@ -26,7 +27,7 @@ _LEAST_SQUARE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Regularized:
+class Regularized(Loss):
     """A loss and a penalty on top of it.
 
     Attributes:
@@ -37,9 +38,9 @@ class Regularized:
     loss: Loss
     penalty: Callable[[], Tensor]
 
-    def __call__(self, logits_NK: Tensor, labels_N: Tensor, images_NCHW: Tensor) -> Tensor:
+    def __call__(self, logits_NK: Tensor, view: View) -> Tensor:
         """The loss of a batch, a scalar."""
-        return self.loss(logits_NK, labels_N, images_NCHW) + self.penalty()
+        return self.loss(logits_NK, view) + self.penalty()
 
 
 def squares(model: nn.Module, group: ChannelGroup) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ def load_checked(path: Path, facts: Facts, data: Data, where: str) -> nn.Module:
             f"{len(classes)} ({_listing(classes)}); choose the data that it was made for"
         )
     model = load_model(path)
-    classification.check_model(model, _sample(data), len(classes), where)
+    classification.check_model(model, sample(data), len(classes), where)
     return model
 
 
@@ -89,7 +89,7 @@ def _listing(names: tuple[str, ...]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _sample(data: Data) -> Tensor:
+def sample(data: Data) -> Tensor:
     """One real image, so that the check needs no assumption about shapes."""
     batch = next(iter(batches(data.dataset.val, data.preprocessing, 1, limit=1)))
     return torch.from_numpy(batch.images)
@@ -100,7 +100,7 @@ def train(
     settings: TrainingSettings,
     ctx: Context,
     *,
-    loss: Loss,
+    loss: Loss | Callable[[nn.Module], Loss],
     where: str,
     record: Mapping[str, Json] | None = None,
 ) -> Draft:
@@ -110,7 +110,7 @@ def train(
         source: A torch artifact.
         settings: How to train.
         ctx: With data.
-        loss: What to minimize.
+        loss: What to minimize; or a function that makes it for the model, which it may look into.
         where: The pass's name, for messages.
         record: What else is to be known of the result, beside the history under "training".
 
@@ -122,6 +122,8 @@ def train(
     model = load_checked(source.path, source.facts, data, f"{where}: the model")
     # Weights that a pass set to zero on purpose stay zero.
     zeros.keep_zeros(model, zeros.meant(ctx.lineage))
+    if not isinstance(loss, Loss):
+        loss = loss(model)
     history = fit(model, data, settings, loss=loss, ctx=ctx)
     save_model(model, ctx.output)
     facts = dataclasses.replace(

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from deploycnn.core import Context
 from deploycnn.data.base import Data
-from deploycnn.data.loader import Batch, training_batches
-from deploycnn.training.device import images_to
+from deploycnn.data.loader import training_batches
+from deploycnn.data.views import uniforms
+from deploycnn.training.device import images_to, labels_to
 from deploycnn.training.settings import TrainingSettings
+from deploycnn.training.view import View, mixed
 
 #: Training images from which batch-norm statistics are re-estimated.
 REESTIMATION_IMAGES = 4096
@@ -26,13 +28,25 @@ def count_steps(images: int, batch_size: int) -> int:
     return whole + (rest > 1) if whole else 1
 
 
-def train_batches(data: Data, settings: TrainingSettings, *, seed: int, epoch: int) -> Iterator[Batch]:
-    """The shuffled, augmented batches of an epoch: the same for the same seed and epoch."""
+def train_views(
+    data: Data, settings: TrainingSettings, *, seed: int, epoch: int, device: str
+) -> Iterator[View]:
+    """The shuffled, augmented and mixed batches of an epoch: the same for the same seed and epoch."""
     train = data.dataset.train
     batches = training_batches(
         train, data.preprocessing, settings.batch_size, epoch=epoch, seed=seed, augment=settings.augment
     )
-    return itertools.islice(batches, count_steps(len(train), settings.batch_size))
+    for step, batch in enumerate(itertools.islice(batches, count_steps(len(train), settings.batch_size))):
+        flipped = None
+        if settings.augment.horizontal_flip:
+            flipped = uniforms(seed, epoch, batch.indices)["flip"] < 0.5
+        view = View(
+            images=images_to(batch.images, device),
+            labels=labels_to(batch.labels, device),
+            indices=batch.indices,
+            flipped=flipped,
+        )
+        yield mixed(view, settings, seed=seed, epoch=epoch, step=step)
 
 
 def plain_batches(data: Data, settings: TrainingSettings, ctx: Context) -> Iterator[Tensor]:

@@ -18,7 +18,8 @@ class Epoch:
         epoch: Counted from 1.
         loss: Mean training loss.
         lr: Learning rate of the last step.
-        train_top1: On the augmented images, while the weights changed; in [0, 1].
+        train_top1: On the augmented images, while the weights changed; in [0, 1]. Mixed ones count for the class
+            of the larger share.
         val_top1: After the epoch, in [0, 1].
         val_loss: Cross-entropy after the epoch.
         seconds: Wall-clock time, validation included.

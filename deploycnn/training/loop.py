@@ -12,6 +12,7 @@ import copy
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from deploycnn.training.history import Epoch, History, Stopped
 from deploycnn.training.losses import Loss
 from deploycnn.training.settings import TrainingSettings
 from deploycnn.training.step import Stepper
+from deploycnn.training.view import View
 
 #: Seconds between two reports of progress within an epoch.
 REPORT_INTERVAL_S = 0.5
@@ -168,9 +170,8 @@ class _Training:
         self.model.train()
         warmup = min(PROBE_WARMUP, self.steps_per_epoch - 1)
         started = begun = clock()
-        batches = feed.train_batches(self.data, self.settings, seed=self.ctx.seed, epoch=1)
-        for index, batch in enumerate(batches, start=1):
-            self.stepper.step(batch, 0.0)[0].item()  # waits for a GPU
+        for index, view in enumerate(self.views(1), start=1):
+            self.stepper.step(view, 0.0)[0].item()  # waits for a GPU
             if index == warmup:
                 begun = clock()
             elif index == warmup + PROBE_STEPS or (index > warmup and clock() - started > PROBE_S):
@@ -241,11 +242,11 @@ class _Training:
         pending: list[Tensor] = []
         total_loss, images_seen, lr = 0.0, 0, 0.0
         hits = torch.zeros((), dtype=torch.int64, device=self.ctx.device)
-        batches = feed.train_batches(self.data, self.settings, seed=self.ctx.seed, epoch=number)
         mark = planned = clock()
-        for step, batch in enumerate(batches):
+        for step, view in enumerate(self.views(number)):
             lr = self.lr_at(plan)
-            loss, logits_NK, labels_N = self.stepper.step(batch, lr)
+            loss, logits_NK = self.stepper.step(view, lr)
+            labels_N = view.main_labels
             plan.advance()
             hits += classification.correct(logits_NK, labels_N)
             images_seen += len(labels_N)
@@ -266,6 +267,11 @@ class _Training:
             if plan.left == 0:
                 break
         return total_loss / images_seen, hits.item() / images_seen, lr
+
+    def views(self, epoch: int) -> Iterator[View]:
+        return feed.train_views(
+            self.data, self.settings, seed=self.ctx.seed, epoch=epoch, device=self.ctx.device
+        )
 
     def lr_at(self, plan: Plan) -> float:
         factor = schedules.factor(self.settings.schedule, plan.position, plan.total, plan.warmup)

@@ -10,33 +10,57 @@ section 2).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - what everybody calls it
 from torch import Tensor, nn
 
-Method = Literal["kd", "dkd", "dist"]
+from deploycnn.training.features import Features
+from deploycnn.training.logit_cache import LogitCache
+from deploycnn.training.teaching import Method
+from deploycnn.training.view import View
 
 
-class Loss(Protocol):
+class Loss(ABC):
     """What the training loop minimizes."""
 
-    def __call__(self, logits_NK: Tensor, labels_N: Tensor, images_NCHW: Tensor) -> Tensor:
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self, logits_NK: Tensor, view: View) -> Tensor:
         """The loss of a batch, a scalar."""
-        ...
+
+    @property
+    def trained(self) -> nn.Module:
+        """What is trained along with the model and thrown away afterwards; empty by default."""
+        return nn.Module()
+
+
+def cross_entropy(logits_NK: Tensor, view: View, label_smoothing: float) -> Tensor:
+    """Cross-entropy with labels: by their shares where images are mixed, smoothed over all K classes.
+
+    Mixed labels are smoothed once: the smoothed cross-entropy is linear in them.
+    """
+
+    def of(labels_N: Tensor) -> Tensor:
+        return F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=label_smoothing)
+
+    if view.others is None:
+        return of(view.labels)
+    return view.share * of(view.labels) + (1 - view.share) * of(view.others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossEntropy:
+class CrossEntropy(Loss):
     """Cross-entropy with the labels, of which ``label_smoothing`` is spread evenly over all K classes."""
 
     label_smoothing: float = 0.0
 
-    def __call__(self, logits_NK: Tensor, labels_N: Tensor, images_NCHW: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, logits_NK: Tensor, view: View) -> Tensor:
         """The loss of a batch, a scalar."""
-        return F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=self.label_smoothing)
+        return cross_entropy(logits_NK, view, self.label_smoothing)
 
 
 def kd(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> Tensor:
@@ -115,15 +139,22 @@ def dist(student_NK: Tensor, teacher_NK: Tensor, *, alpha: float, beta: float, t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Distillation:
-    """``label_weight`` * cross-entropy + the teacher's term of ``method``.
+class Distillation(Loss):
+    """``label_weight`` * cross-entropy + the teacher's term of ``method`` + ``feature_weight`` * that of features.
+
+    The teacher sees the images that the student sees, augmented and mixed; smoothing and mixing of labels touch
+    the cross-entropy alone, as the teacher's outputs for a mixed image are mixed already. Only dkd needs a label
+    in its teacher's term; for mixed images that term is the sum over both labels by their shares.
 
     Attributes:
-        teacher: In evaluation mode, on the device that trains; sees the student's augmented images.
+        teacher: In evaluation mode, on the device that trains.
         method: "kd" (weighed by ``alpha``), "dkd" or "dist" (``alpha`` and ``beta`` weigh their two parts).
         temperature: Greater than 0.
         label_weight: Of the cross-entropy with the labels.
         label_smoothing: Of that cross-entropy.
+        features: Compares what is inside; with the same teacher.
+        feature_weight: Of its term.
+        cache: Of the teacher's logits; not together with features.
     """
 
     teacher: nn.Module
@@ -133,21 +164,55 @@ class Distillation:
     beta: float
     label_weight: float
     label_smoothing: float = 0.0
+    features: Features | None = None
+    feature_weight: float = 0.0
+    cache: LogitCache | None = None
 
-    def __call__(self, logits_NK: Tensor, labels_N: Tensor, images_NCHW: Tensor) -> Tensor:
+    @property
+    def trained(self) -> nn.Module:
+        """Regressors of feature maps."""
+        return nn.Module() if self.features is None else self.features.regressors
+
+    def __call__(self, logits_NK: Tensor, view: View) -> Tensor:
         """The loss of a batch, a scalar."""
         with torch.no_grad():
-            teacher_NK = self.teacher(images_NCHW)
-        loss = self._teacher_term(logits_NK, teacher_NK, labels_N)
+            cache = self.cache
+            teacher_NK = self.teacher(view.images) if cache is None else cache(view, self.teacher)
+        loss = self._teacher_term(logits_NK, teacher_NK, view)
+        if self.features is not None:
+            loss = loss + self.feature_weight * self.features.term()
         if self.label_weight > 0:
-            hard = F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=self.label_smoothing)
-            loss = loss + self.label_weight * hard
+            loss = loss + self.label_weight * cross_entropy(logits_NK, view, self.label_smoothing)
         return loss
 
-    def _teacher_term(self, student_NK: Tensor, teacher_NK: Tensor, labels_N: Tensor) -> Tensor:
+    def _teacher_term(self, student_NK: Tensor, teacher_NK: Tensor, view: View) -> Tensor:
         if self.method == "kd":
             return self.alpha * kd(student_NK, teacher_NK, self.temperature)
         weights = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
-        if self.method == "dkd":
-            return dkd(student_NK, teacher_NK, labels_N, **weights)
-        return dist(student_NK, teacher_NK, **weights)
+        if self.method == "dist":
+            return dist(student_NK, teacher_NK, **weights)
+        first = dkd(student_NK, teacher_NK, view.labels, **weights)
+        if view.others is None:
+            return first
+        return view.share * first + (1 - view.share) * dkd(student_NK, teacher_NK, view.others, **weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Averaged(Loss):
+    """Several losses, one for each teacher, by weights that sum to 1.
+
+    For kd its gradient is that of distilling from the average of the teachers' softened probabilities.
+    """
+
+    losses: tuple[Loss, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def trained(self) -> nn.Module:
+        """What any of them trains."""
+        return nn.ModuleList([loss.trained for loss in self.losses])
+
+    def __call__(self, logits_NK: Tensor, view: View) -> Tensor:
+        """The loss of a batch, a scalar."""
+        terms = [w * loss(logits_NK, view) for w, loss in zip(self.weights, self.losses, strict=True)]
+        return torch.stack(terms).sum()

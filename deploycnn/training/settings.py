@@ -51,6 +51,10 @@ class TrainingSettings:
     label_smoothing: Annotated[
         float, Ge(0), Lt(1), "Share of each label that is spread over all classes."
     ] = 0.0
+    mixup: Annotated[float, Ge(0), "Blend pairs of images, shares from Beta(mixup, mixup); 0: off."] = 0.0
+    cutmix: Annotated[
+        float, Ge(0), "Paste boxes between images, shares from Beta(cutmix, cutmix); 0: off."
+    ] = 0.0
     max_grad_norm: Annotated[float | None, Gt(0), "Clip the gradient to this norm; null: never."] = None
     # Small shifts change no class, so they are safe where nothing is known of the data; flips are not.
     augment: Annotated[

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploycnn.data.loader import Batch
 from deploycnn.training import optimizers, precision
-from deploycnn.training.device import images_to, labels_to
 from deploycnn.training.ema import Ema
 from deploycnn.training.losses import Loss
 from deploycnn.training.settings import TrainingSettings
+from deploycnn.training.view import View
 
 
 class Stepper:
@@ -28,8 +27,9 @@ class Stepper:
         """
         self.model, self.settings, self.loss, self.device = model, settings, loss, device
         self.precision = precision.resolve(settings.precision, device)
+        self.trained = loss.trained.to(device)
         self.optimizer = optimizers.build(
-            model,
+            nn.ModuleList([model, self.trained]),
             settings.optimizer,
             lr=settings.peak_lr,
             momentum=settings.momentum,
@@ -40,26 +40,25 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
         self.ema = Ema(model, settings.ema) if settings.ema is not None else None
 
-    def step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of the optimizer: the batch's loss, logits and labels."""
-        images_NCHW = images_to(batch.images, self.device)
-        labels_N = labels_to(batch.labels, self.device)
+    def step(self, view: View, lr: float) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer: the batch's loss and logits."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         dtype = precision.DTYPES[self.precision]
         with torch.autocast(self.device, dtype, enabled=self.precision != "fp32"):
-            logits_NK = self.model(images_NCHW)
-            loss = self.loss(logits_NK, labels_N, images_NCHW)
+            logits_NK = self.model(view.images)
+            loss = self.loss(logits_NK, view)
         self.scaler.scale(loss).backward()
         if self.settings.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+            parameters = [*self.model.parameters(), *self.trained.parameters()]
+            nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update()
-        return loss.detach(), logits_NK.detach(), labels_N
+        return loss.detach(), logits_NK.detach()
 
     # -- averaged weights ------------------------------------------------------------------------
 
@@ -85,6 +84,7 @@ class Stepper:
         """All that a step changes: tensors, not copied, and plain values."""
         return {
             "model": self.model.state_dict(),
+            "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.to_state() if self.ema is not None else {},
@@ -93,6 +93,7 @@ class Stepper:
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`."""
         self.model.load_state_dict(state["model"])
+        self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deploycnn import plan, registry, schema
 from deploycnn.core import Artifact, Context, Facts
+from deploycnn.data.augment import Augmentation
 from deploycnn.errors import ArtifactError, PassRequirementError, PreprocessingError, RecipeError
 from deploycnn.models.artifact import load_model
-from deploycnn.passes.distill import Distill
+from deploycnn.passes.distill import Distill, before_pruning
 from deploycnn.passes.train import Train
 from deploycnn.training import artifact as training_artifact
+from deploycnn.training import checkpoint, loop
+from deploycnn.training.logit_cache import LogitCache
 from deploycnn.training.losses import Distillation
 from tests.passes.training_support import DATA, QUICK, as_artifact, make_artifact, other_size
 from tests.training.support import make_context, same_bits
@@ -34,7 +38,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def distill(folder: Path, teacher: Artifact, **options: Any) -> tuple[Artifact, Context]:
     student = make_artifact(folder / "student", seed=5)
     ctx = make_context(folder / "run", DATA, references={"fp32": teacher})
-    step = Distill(**{"teacher": "fp32", **QUICK, **options})
+    step = Distill(**{**QUICK, "teacher": "fp32", **options})
     assert step.references() == ("fp32",)
     return as_artifact(step.run(student, ctx), ctx.output), ctx
 
@@ -152,11 +156,17 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give `teacher` (a variant's name) or `teacher_folder`, and not both"),
+        ({}, "give one of `teacher` (a variant's name), `teachers` and `teacher_folder`"),
+        ({"teacher": "a", "teachers": ["b"]}, "give one of `teacher`"),
+        ({"teachers": ["a", "a"]}, "teachers should be different ones"),
+        ({"teachers": ["a", "b"], "teacher_weights": [1.0]}, "one for each of `teachers`: 2, not 1"),
+        ({"teachers": ["a", "b"], "teacher_weights": [0.0, 0.0]}, "not be negative, nor all 0"),
+        ({"teacher": "a", "feature_layers": ["layer1"]}, "need `features`"),
         ({"teacher": "fp32", "beta": 2.0}, "beta belongs to dkd and dist"),
         ({"teacher": "fp32", "temperature": 0}, "temperature"),
         ({"teacher": "fp32", "method": "fitnet"}, "method"),
-        ({"teachers": "fp32"}, 'did you mean "teacher"'),
+        ({"teacher": "fp32", "features": "hints"}, "features"),
+        ({"teachr": "fp32"}, 'did you mean "teacher"'),
     ],
 )
 def test_recipes_are_checked(options: dict[str, object], message: str) -> None:
@@ -172,3 +182,132 @@ def test_it_shares_the_fields_of_train() -> None:
     assert registry.get("pass", "distill") is Distill
     assert Distill(teacher="fp32").reestimate_bn
     assert Distill(teacher="fp32").peak_lr == 0.05
+
+
+# -- features, several teachers, self, caching ---------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["at", "fitnet"])
+def test_features_alone_teach(tmp_path: Path, teacher: Artifact, features: str) -> None:
+    """Without labels and logits the student's maps come nearer to the teacher's."""
+    options = {"features": features, "alpha": 0.0, "label_weight": 0.0, "keep": "last"}
+    trained, ctx = distill(tmp_path, teacher, epochs=6, **options)
+    (pairs,) = trained.facts.record["features"]
+    assert all(ours == theirs for ours, theirs in pairs)
+    epochs = trained.facts.record["training"]["epochs"]
+    assert epochs[-1]["loss"] < 0.8 * epochs[0]["loss"]
+    # What compared the maps is no part of the model.
+    before, after = load_model(tmp_path / "student" / "model.safetensors"), load_model(trained.path)
+    assert [name for name, _ in before.named_parameters()] == [name for name, _ in after.named_parameters()]
+    state = torch.load(ctx.scratch / checkpoint.FILE, weights_only=True)
+    assert bool(state["trained"]) is (features == "fitnet")
+
+
+class Stop(Exception):  # noqa: N818 - not an error
+    """The user's Ctrl-C."""
+
+
+FLIPS = Augmentation(horizontal_flip=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": "fitnet", "mixup": 0.4, "ema": 0.9},
+        {"method": "dkd", "augment": FLIPS},
+        {"features": "at", "method": "dist", "cutmix": 1.0, "label_smoothing": 0.1},
+    ],
+)
+def test_interrupted_and_continued_gives_the_same_bits(
+    tmp_path: Path, teacher: Artifact, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(loop, "REPORT_INTERVAL_S", 0)
+    options = {**QUICK, "epochs": 3, **options}
+    whole, _ = distill(tmp_path / "whole", teacher, **options)
+    student = make_artifact(tmp_path / "student", seed=5)
+    for stop in (6, 5):
+        left = [stop]
+
+        def progress(done: float, total: float, message: str = "", left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Stop
+
+        ctx = make_context(tmp_path / "parts", DATA, references={"fp32": teacher}, progress=progress)
+        with pytest.raises(Stop):
+            Distill(teacher="fp32", **options).run(student, ctx)
+    ctx = make_context(tmp_path / "parts", DATA, references={"fp32": teacher})
+    continued = as_artifact(Distill(teacher="fp32", **options).run(student, ctx), ctx.output)
+    assert continued.path.read_bytes() == whole.path.read_bytes()
+
+
+@pytest.mark.parametrize("augment", [Augmentation(), FLIPS])
+def test_cached_or_not_the_bits_are_the_same(
+    tmp_path: Path, teacher: Artifact, monkeypatch: pytest.MonkeyPatch, augment: Augmentation
+) -> None:
+    calls: dict[bool, int] = {}
+    compute = LogitCache._compute
+
+    def counted(cache: LogitCache, *args: Any) -> Any:
+        calls[cached] = calls.get(cached, 0) + 1
+        return compute(cache, *args)
+
+    monkeypatch.setattr(LogitCache, "_compute", counted)
+    made = []
+    for cached in (True, False):
+        options = {**QUICK, "epochs": 8, "augment": augment, "cache_teacher": cached}
+        trained, _ = distill(tmp_path / str(cached), teacher, **options)
+        made.append(trained.path.read_bytes())
+    assert made[0] == made[1]
+    assert calls[True] < calls[False] == 8 * 3
+
+
+def test_several_teachers(tmp_path: Path, teacher: Artifact) -> None:
+    other = make_artifact(tmp_path / "other", seed=9)
+    student = make_artifact(tmp_path / "student", seed=5)
+    ctx = make_context(tmp_path / "run", DATA, references={"fp32": teacher, "other": other})
+    step = Distill(teachers=("fp32", "other"), teacher_weights=(2.0, 1.0), **QUICK)
+    assert step.references() == ("fp32", "other")
+    trained = as_artifact(step.run(student, ctx), ctx.output)
+    told = trained.facts.record["teachers"]
+    assert [entry["name"] for entry in told] == ["fp32", "other"]
+    assert trained.facts.record["teacher"] == told[0]
+    # A teacher of weight 0 changes nothing but the order of additions.
+    ctx = make_context(tmp_path / "alone", DATA, references={"fp32": teacher, "other": other})
+    alone = Distill(teachers=("fp32", "other"), teacher_weights=(1.0, 0.0), **QUICK).run(student, ctx)
+    single, _ = distill(tmp_path / "single", teacher)
+    ours, theirs = load_model(as_artifact(alone, ctx.output).path), load_model(single.path)
+    for first, second in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_self_is_the_model_before_it_was_first_pruned(tmp_path: Path, teacher: Artifact) -> None:
+    def stage(name: str, **record: Any) -> Artifact:
+        return dataclasses.replace(teacher, key=name, facts=Facts(record=record))
+
+    chain = (
+        stage("source"),
+        stage("trained"),
+        stage("cut", pruning={}),
+        stage("tuned"),
+        stage("cut2", pruning={}),
+    )
+    ctx = make_context(tmp_path, DATA, lineage=chain)
+    assert before_pruning(chain[-1], ctx).key == "trained"
+    sparse = (stage("source"), stage("zeros", sparsity={}))
+    assert before_pruning(sparse[-1], make_context(tmp_path, DATA, lineage=sparse)).key == "source"
+    plain = chain[:2]
+    assert before_pruning(plain[-1], make_context(tmp_path, DATA, lineage=plain)).key == "trained"
+
+
+def test_a_model_teaches_itself(tmp_path: Path, teacher: Artifact) -> None:
+    student = dataclasses.replace(
+        make_artifact(tmp_path / "student", seed=5), facts=Facts(record={"pruning": {}})
+    )
+    ctx = make_context(tmp_path / "run", DATA, lineage=(teacher, student))
+    step = Distill(teacher="self", **QUICK)
+    assert step.references() == ()
+    trained = as_artifact(step.run(student, ctx), ctx.output)
+    assert trained.facts.record["teacher"]["name"] == "self"
+    by_name, _ = distill(tmp_path / "by_name", teacher)
+    assert trained.path.read_bytes() == by_name.path.read_bytes()

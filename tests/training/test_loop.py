@@ -14,8 +14,9 @@ from deploycnn.errors import RuntimeUnavailable, TrainingError
 from deploycnn.training import checkpoint, loop, precision
 from deploycnn.training.evaluate import Score, evaluate
 from deploycnn.training.history import History
-from deploycnn.training.losses import CrossEntropy
+from deploycnn.training.losses import CrossEntropy, Loss
 from deploycnn.training.settings import TrainingSettings
+from deploycnn.training.view import View
 from tests.training.support import make_context, make_data, make_model, same_bits, settings
 
 DATA = make_data()
@@ -173,7 +174,12 @@ def test_another_seed_gives_other_weights(tmp_path: Path, uninterrupted: nn.Modu
     assert not same_bits(train(tmp_path, OPTIONS, seed=1)[0], uninterrupted)
 
 
-@given(stops=st.lists(st.integers(0, 9), min_size=1, max_size=4), adamw=st.booleans(), averaged=st.booleans())
+@given(
+    stops=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    adamw=st.booleans(),
+    averaged=st.booleans(),
+    mixed=st.booleans(),
+)
 @hypothesis_settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -183,6 +189,7 @@ def test_interrupted_anywhere_and_continued_gives_the_same_bits(
     stops: list[int],
     adamw: bool,
     averaged: bool,
+    mixed: bool,
 ) -> None:
     monkeypatch.setattr(loop, "REPORT_INTERVAL_S", 0)  # a report, so a possible stop, at every step
     options = settings(
@@ -191,6 +198,8 @@ def test_interrupted_anywhere_and_continued_gives_the_same_bits(
         optimizer="adamw" if adamw else "sgd",
         reestimate_bn=True,
         ema=0.9 if averaged else None,
+        mixup=0.4 if mixed else 0.0,
+        cutmix=1.0 if mixed else 0.0,
     )
     whole = train(tmp_path_factory.mktemp("whole"), options)[0]
     folder = tmp_path_factory.mktemp("parts")
@@ -236,15 +245,15 @@ def test_threads_flags_and_generators_are_put_back(tmp_path: Path) -> None:
 # -- divergence ----------------------------------------------------------------------------------
 
 
-class Poison:
+class Poison(Loss):
     """Cross-entropy, until it is not a number."""
 
     def __init__(self, at: int, value: float = math.nan) -> None:
         self.left, self.value = at, value
 
-    def __call__(self, logits_NK: Tensor, labels_N: Tensor, images_NCHW: Tensor) -> Tensor:
+    def __call__(self, logits_NK: Tensor, view: View) -> Tensor:
         self.left -= 1
-        loss = CrossEntropy()(logits_NK, labels_N, images_NCHW)
+        loss = CrossEntropy()(logits_NK, view)
         return loss * self.value if self.left <= 0 else loss
 
 

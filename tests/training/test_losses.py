@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploycnn.training import losses
+from deploycnn.training.teaching import Method
+from deploycnn.training.view import View
 
 Array = npt.NDArray[np.float64]
 
@@ -103,7 +105,7 @@ def test_label_smoothing_is_spread_over_all_classes(smoothing: float) -> None:
     targets = np.eye(5)[LABELS] * (1 - smoothing) + smoothing / 5
     expected = -(targets * np.log(softmax(z))).sum(axis=1).mean()
     loss = losses.CrossEntropy(label_smoothing=smoothing)
-    ours = loss(torch.from_numpy(z), torch.from_numpy(LABELS), torch.empty(0))
+    ours = loss(torch.from_numpy(z), View(images=torch.empty(0), labels=torch.from_numpy(LABELS)))
     assert ours.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -157,7 +159,7 @@ def test_correlation_ignores_scale_and_shift(seed: int, a: float, b: float) -> N
 
 
 @pytest.mark.parametrize("method", ["kd", "dkd", "dist"])
-def test_gradients_stay_finite_for_certain_models_and_single_images(method: losses.Method) -> None:
+def test_gradients_stay_finite_for_certain_models_and_single_images(method: Method) -> None:
     student = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
     teacher = nn.Linear(3, 3, bias=False)
     with torch.no_grad():
@@ -165,7 +167,7 @@ def test_gradients_stay_finite_for_certain_models_and_single_images(method: loss
     loss = losses.Distillation(
         teacher=teacher, method=method, temperature=1.0, alpha=1.0, beta=1.0, label_weight=0.5
     )
-    value = loss(student, torch.tensor([1]), torch.ones(1, 3))
+    value = loss(student, View(images=torch.ones(1, 3), labels=torch.tensor([1])))
     value.backward()
     assert torch.isfinite(value)
     assert student.grad is not None
@@ -187,12 +189,84 @@ def test_the_parts_of_distillation_are_weighed() -> None:
     )
     soft = losses.kd(student, teacher(images), 3.0)
     hard = F.cross_entropy(student, labels, label_smoothing=0.1)
-    torch.testing.assert_close(loss(student, labels, images), 0.7 * soft + 0.2 * hard)
+    torch.testing.assert_close(loss(student, View(images=images, labels=labels)), 0.7 * soft + 0.2 * hard)
 
 
 def test_losses_of_half_precision_logits_are_computed_in_float32() -> None:
     student, teacher = torch.from_numpy(logits(9)).bfloat16(), torch.from_numpy(logits(10)).bfloat16()
     assert losses.kd(student, teacher, 2.0).dtype == torch.float32
-    assert losses.CrossEntropy()(student, torch.from_numpy(LABELS), student).dtype == torch.float32
+    view = View(images=student, labels=torch.from_numpy(LABELS))
+    assert losses.CrossEntropy()(student, view).dtype == torch.float32
     expected = reference_kd(student.double().numpy(), teacher.double().numpy(), 2.0)
     assert losses.kd(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+# -- mixed images, several teachers --------------------------------------------------------------
+
+OTHERS = np.array([1, 4, 0, 2, 2, 1])
+
+
+def mixed_view(share: float) -> View:
+    return View(
+        images=torch.randn(6, 4, generator=torch.Generator().manual_seed(0)),
+        labels=torch.from_numpy(LABELS),
+        others=torch.from_numpy(OTHERS),
+        share=share,
+    )
+
+
+@pytest.mark.parametrize(("share", "smoothing"), [(0.3, 0.0), (0.8, 0.1), (1.0, 0.2)])
+def test_mixed_labels_count_by_their_shares_and_are_smoothed_once(share: float, smoothing: float) -> None:
+    z = logits(11)
+    targets = share * np.eye(5)[LABELS] + (1 - share) * np.eye(5)[OTHERS]
+    targets = (1 - smoothing) * targets + smoothing / 5
+    expected = -(targets * np.log(softmax(z))).sum(axis=1).mean()
+    ours = losses.CrossEntropy(label_smoothing=smoothing)(torch.from_numpy(z), mixed_view(share))
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+
+
+def distillation(teacher: nn.Module, method: Method, **options: object) -> losses.Distillation:
+    weights: dict[str, object] = {"temperature": 2.0, "alpha": 0.7, "beta": 1.5, "label_weight": 0.4}
+    return losses.Distillation(teacher=teacher, method=method, **{**weights, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "dist"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_smoothing_and_mixing_leave_the_teachers_term_alone(method: Method, smoothing: float) -> None:
+    view, teacher, z = mixed_view(0.3), nn.Linear(4, 5), logits(12)
+    loss = distillation(teacher, method, label_smoothing=smoothing)
+    answers = teacher(view.images).detach().double().numpy()
+    if method == "kd":
+        soft = 0.7 * reference_kd(z, answers, 2.0)
+    elif method == "dist":
+        soft = reference_dist(z, answers, 0.7, 1.5, 2.0)
+    else:
+        soft = 0.3 * reference_dkd(z, answers, LABELS, 0.7, 1.5, 2.0)
+        soft += 0.7 * reference_dkd(z, answers, OTHERS, 0.7, 1.5, 2.0)
+    hard = losses.CrossEntropy(label_smoothing=smoothing)(torch.from_numpy(z), view).item()
+    assert loss(torch.from_numpy(z), view).item() == pytest.approx(soft + 0.4 * hard, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "dist"])
+def test_several_teachers_are_averaged_and_labels_count_once(method: Method) -> None:
+    view, teachers = mixed_view(0.9), [nn.Linear(4, 5), nn.Linear(4, 5)]
+    single = [distillation(teacher, method) for teacher in teachers]
+    z = torch.from_numpy(logits(13)).float()
+    together = losses.Averaged(losses=tuple(single), weights=(0.25, 0.75))
+    expected = 0.25 * single[0](z, view) + 0.75 * single[1](z, view)
+    torch.testing.assert_close(together(z, view), expected)
+    apart = [distillation(teacher, method, label_weight=0.0) for teacher in teachers]
+    hard = losses.CrossEntropy()(z, view)
+    expected = 0.25 * apart[0](z, view) + 0.75 * apart[1](z, view) + 0.4 * hard
+    torch.testing.assert_close(together(z, view), expected)
+
+
+def test_kd_from_several_teachers_pulls_towards_their_average() -> None:
+    view, teachers = mixed_view(1.0), [nn.Linear(4, 5), nn.Linear(4, 5)]
+    z = torch.from_numpy(logits(14)).requires_grad_()
+    terms = tuple(distillation(teacher, "kd", label_weight=0.0, alpha=1.0) for teacher in teachers)
+    losses.Averaged(losses=terms, weights=(0.5, 0.5))(z, view).backward()
+    p = sum(softmax(teacher(view.images).detach().double().numpy() / 2.0) for teacher in teachers) / 2
+    expected = (softmax(z.detach().numpy() / 2.0) - p) * 2.0 / len(z)  # of T**2 * KL, by the logits
+    assert z.grad is not None
+    np.testing.assert_allclose(z.grad.numpy(), expected, atol=1e-6)
