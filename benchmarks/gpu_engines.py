@@ -50,16 +50,16 @@ def audits(folder: Path, *, batch_size: int) -> list[dict[str, Any]]:
     return found
 
 
-def _layer_times(artifact: Artifact, spec: str, batch_size: int, target: Path) -> Path:
+def _layer_times(artifact: Artifact, spec: str, batch_size: int, target: Path) -> dict[str, float]:
     images = _noise(artifact, batch_size)
     session: Any = create(spec).open(artifact, batch_size=batch_size, threads=1)
     try:
-        times = session.layer_times(images)
+        times: dict[str, float] = session.layer_times(images)
     finally:
         session.close()
     target.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(target, times)
-    return target
+    return times
 
 
 def rebuilds(folder: Path, count: int, budget_s: float, usable: Sequence[str]) -> list[dict[str, Any]]:

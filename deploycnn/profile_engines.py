@@ -84,6 +84,33 @@ def bring(path: Path, name: str, *, trust: bool) -> evidence.Entry:
     return evidence.Entry(name=name, passes=(), artifact=artifact)
 
 
+def layer_times(path: Path, batch_size: int, *, trust: bool) -> dict[str, float]:
+    """Milliseconds of each layer of an engine on this GPU, by TensorRT's profiler, for images of noise.
+
+    Raises:
+        ArtifactError: see :func:`bring`; or ``batch_size`` is outside the engine's profile.
+        RuntimeUnavailable: there is no GPU, or not enough memory on it.
+    """
+    import numpy as np
+
+    from deploycnn.runtimes.base import create
+    from deploycnn.runtimes.tensorrt import EngineSession
+
+    device.require_gpu()
+    artifact = bring(path, path.stem, trust=trust).artifact
+    if artifact is None:
+        raise ArtifactError(f"{path}: holds no engine")
+    [spec] = runtimes([path], (), trust=trust)
+    session = create(spec).open(artifact, batch_size=batch_size, threads=1)
+    try:
+        if not isinstance(session, EngineSession):
+            raise ArtifactError(f"{path}: {spec} tells no times of layers")
+        shape = (batch_size, *session.input.shape[1:])
+        return session.layer_times(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+    finally:
+        session.close()
+
+
 def _file(path: Path) -> Path:
     return path / MAIN_FILE["engine"] if path.is_dir() else path
 

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"errors"},
     "overrides": {"errors", "schema"},
     "retarget": {"recipe", "targets"},
-    "profile_engines": {"core", "engines", "errors", "evidence"},
+    "profile_engines": {"core", "engines", "errors", "evidence", "runtimes"},
     "recipe": {"core", "errors", "registry", "schema", "targets", "overrides", "data", "runtimes"},
     "plan": {"core", "errors", "registry", "schema", "recipe", "runtimes"},
     "store": {"core", "errors", "files", "schema", "plan", "deploycnn"},

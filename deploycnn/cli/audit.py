@@ -20,6 +20,12 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--times", type=_PATH, help="JSON file of milliseconds by layer name, from a profiler.")
 @click.option(
+    "--measure",
+    type=click.IntRange(min=1),
+    metavar="BATCH",
+    help="Time the layers on this GPU, for batches of this size.",
+)
+@click.option(
     "--fail-on",
     "conditions",
     multiple=True,
@@ -36,6 +42,7 @@ def command(
     engine: Path,
     onnx: Path | None,
     times: Path | None,
+    measure: int | None,
     conditions: tuple[str, ...],
     trust_engine: bool,
     as_json: bool,
@@ -43,14 +50,21 @@ def command(
     """Audit ENGINE: an engine file, or the folder of an artifact or bundle.
 
     Metrics for --fail-on: int8_macs, fp16_macs, bf16_macs, tf32_macs, fp32_macs (shares of the multiply-accumulates),
-    as_asked, reformats, layers, unmatched; with --times also time_ms and reformat_ms.
+    as_asked, reformats, layers, unmatched; with --times or --measure also time_ms and reformat_ms.
     """
     from deploycnn.cli.console import echo, print_json
     from deploycnn.engines.audit import Threshold
     from deploycnn.engines.auditing import audit_engine
 
     thresholds = [Threshold.parse(text) for text in conditions]
-    audited = audit_engine(engine, onnx=onnx, times=times, trust=trust_engine)
+    measured = None
+    if measure is not None:
+        from deploycnn.profile_engines import layer_times
+
+        measured = layer_times(engine, measure, trust=trust_engine)
+    audited = audit_engine(
+        engine, onnx=onnx, times=times if measured is None else measured, trust=trust_engine
+    )
     metrics = audited.audit.metrics()
     failed = [
         f"{threshold} (it is {metrics[threshold.metric]:.4g})"

@@ -49,14 +49,19 @@ def engine_file(path: Path) -> Path:
 
 
 def audit_engine(
-    path: Path, *, onnx: Path | None = None, times: Path | None = None, trust: bool = False
+    path: Path,
+    *,
+    onnx: Path | None = None,
+    times: Path | Mapping[str, float] | None = None,
+    trust: bool = False,
 ) -> Audited:
     """Audit an engine.
 
     Args:
         path: An engine file, or the folder of an artifact or bundle.
         onnx: The graph that it was built from, where nothing beside the engine says it.
-        times: JSON file of milliseconds by layer name, from a profiler.
+        times: Milliseconds by layer name, as they were measured here (then the engine itself tells its layers), or a
+            JSON file of them.
         trust: Load an engine that no manifest vouches for.
 
     Raises:
@@ -66,7 +71,13 @@ def audit_engine(
     engine = engine_file(path)
     record = vouch.read_record(engine, trust=trust)
     kept = _kept(engine)
-    source, text = (kept["source"], kept["information"]) if kept else _inspect(engine, record, trust=trust)
+    # Where the layers were timed here, the engine itself names them: TensorRT-RTX may make other kernels of it when it
+    # is loaded than its builder logged.
+    timed_here = times is not None and not isinstance(times, Path)
+    if kept and not timed_here:
+        source, text = kept["source"], kept["information"]
+    else:
+        source, text = _inspect(engine, record, trust=trust)
     if onnx is not None:
         from deploycnn.graph.model import load_onnx
 
@@ -119,9 +130,9 @@ def _inspect(engine: Path, record: EngineRecord | None, *, trust: bool) -> tuple
     raise error or ArtifactError(f"{engine}: no TensorRT is installed that could load it")
 
 
-def _times(path: Path | None) -> dict[str, float]:
-    if path is None:
-        return {}
+def _times(path: Path | Mapping[str, float] | None) -> Mapping[str, float]:
+    if not isinstance(path, Path):
+        return path or {}
     content = _json(path)
     if not all(isinstance(value, int | float) and value >= 0 for value in content.values()):
         raise ArtifactError(f"{path}: should map layer names to milliseconds")

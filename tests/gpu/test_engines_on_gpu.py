@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from deploycnn.cli import main
 from deploycnn.engines import building
 from deploycnn.engines.auditing import audit_engine
 from deploycnn.engines.device import Gpu
@@ -66,6 +67,19 @@ def test_the_audit_says_that_it_runs_as_asked(
     timed = [row for row in audited.audit.rows if row.macs]
     assert timed
     assert all(row.time_ms is not None for row in timed), "the profiler's names are the inspector's"
+
+
+def test_the_audit_measures_by_itself(
+    trt: Flavour, here: Gpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = on_gpu.engine(graphs.net(), tmp_path, trt, here)
+    onnx_file = str(tmp_path / "model.onnx")
+    assert main(["audit", str(made.path), "--onnx", onnx_file, "--measure", "2", "--json"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(printed[printed.index("{") :])
+    assert content["metrics"]["time_ms"] > 0
+    assert main(["audit", str(made.path), "--onnx", onnx_file, "--measure", "64"]) == 2
+    assert "outside the engine's profile" in capsys.readouterr().err
 
 
 def test_mixed_precision_runs_both(trt: Flavour, here: Gpu, tmp_path: Path) -> None:
