@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Stands for the student's own weights as they were, where a variant's name is expected.
 SELF = "self"
+#: Records of passes that take something away from a model, or train it towards that.
+_CUTS = frozenset({"pruning", "blocks", "sparsity", "sparsified"})
 #: Weight of the term of features where the recipe gives none: of Zagoruyko & Komodakis 2017, and of Tian et al. 2020
 #: ("Contrastive Representation Distillation", which compares many methods) for hints.
 _FEATURE_WEIGHT: Mapping[str, float] = {"at": 1000.0, "fitnet": 100.0}
@@ -221,6 +223,6 @@ def before_pruning(source: Artifact, ctx: Context) -> Artifact:
     """The torch model from which the first pruning in ``source``'s chain started; ``source`` where there was none."""
     chain = [artifact for artifact in ctx.lineage if artifact.format == "torch"]
     for before, after in itertools.pairwise(chain):
-        if {"pruning", "sparsity"} & set(after.facts.record):
+        if _CUTS & set(after.facts.record):
             return before
     return source

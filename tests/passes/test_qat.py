@@ -19,6 +19,8 @@ from deploycnn.graph.parity import evaluator
 from deploycnn.graph.probe import parity_images
 from deploycnn.passes.int8 import Int8
 from deploycnn.passes.qat import Qat
+from deploycnn.quantization import qat as quantization_qat
+from deploycnn.training.losses import Distillation
 from tests.graph.nets import Residual, randomized
 from tests.passes.training_support import DATA as TORCH_DATA
 from tests.passes.training_support import as_artifact, make_artifact
@@ -163,3 +165,43 @@ def test_it_is_registered_and_described() -> None:
     assert all(help_ for _, _, _, help_ in schema.describe(Qat))
     assert Qat(optimizer="adamw", learn_scales=False).peak_lr == 1e-4
     assert (Qat().epochs, Qat().trains) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("kd", 4.0, 1.0, 0.0, 0.0)),
+        ({"method": "dkd", "beta": 3.0, "label_weight": 0.5}, ("dkd", 4.0, 1.0, 3.0, 0.5)),
+        ({"method": "dist"}, ("dist", 1.0, 1.0, 1.0, 0.0)),
+    ],
+)
+def test_the_teachers_term_is_that_of_distill(
+    tmp_path: Path,
+    chain: tuple[Artifact, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    expected: tuple[Any, ...],
+) -> None:
+    seen: list[Distillation] = []
+
+    def fine_tune(*_: Any, loss: Distillation, **__: Any) -> None:
+        seen.append(loss)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantization_qat, "fine_tune", fine_tune)
+    with pytest.raises(KeyboardInterrupt):
+        Qat(**QUICK, **options).run(chain[1], context(tmp_path, chain))
+    (loss,) = seen
+    assert (loss.method, loss.temperature, loss.alpha, loss.beta, loss.label_weight) == expected
+
+
+def test_beta_with_kd_is_refused() -> None:
+    with pytest.raises(RecipeError, match="beta belongs to dkd and dist"):
+        schema.build(Qat, {"beta": 1.0}, "qat")
+
+
+def test_averages_and_mixed_images_end_in_a_graph_that_agrees(
+    tmp_path: Path, chain: tuple[Artifact, Artifact]
+) -> None:
+    draft = Qat(**QUICK, method="dist", ema=0.9, mixup=0.4).run(chain[1], context(tmp_path, chain))
+    assert draft.facts.record["qat"]["agreement"]["within_one_step"] >= 0.999
