@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deploycnn.errors import PassRequirementError, nearest
-from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected
+from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected, Unit
 from deploycnn.pruning.layers import is_producer, width
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
 from deploycnn.pruning.tracing import check_control_flow, forward, propose, unreached
@@ -141,8 +141,13 @@ def _tried_out(
         sound = []
         for group in groups:
             why = fault([group])
+            paired = _paired(group) if why is not None else None
+            if paired is not None:
+                cuts[group.name] = _some(paired, seed)
             if why is None:
                 sound.append(group)
+            elif paired is not None and fault([paired]) is None:
+                sound.append(paired)
             else:
                 reason = f"pruning them on trial breaks the model ({why})"
                 broken.append(Protected(layers=group.producers, channels=group.width, reason=reason))
@@ -152,6 +157,18 @@ def _tried_out(
                 f"prune: groups that can be pruned alone break the model together ({why})"
             )
     return sound, broken
+
+
+def _paired(group: ChannelGroup) -> ChannelGroup | None:
+    """The group with each channel of its first half tied to that of the second.
+
+    Where a model halves its channels (``chunk(2, dim=1)``, as gates do), both halves must stay equally wide, which
+    Torch-Pruning does not see.
+    """
+    if group.width % 2 or any(unit.atoms.shape[1] != 1 for unit in group.units):
+        return None
+    halves = np.arange(group.width, dtype=np.int64).reshape(2, -1)
+    return dataclasses.replace(group, units=(Unit(atoms=halves.T.copy()),))
 
 
 def _some(group: ChannelGroup, seed: int) -> IntArray:

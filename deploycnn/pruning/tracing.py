@@ -335,7 +335,10 @@ class _Reader:
         layer = self.modules[member.layer]
         limit = width(layer, member.side)
         if len(member.channels) and not 0 <= member.channels.min() <= member.channels.max() < limit:
-            return f"Torch-Pruning places these channels outside {member.layer}"
+            return (
+                f"Torch-Pruning places these channels outside {member.layer}, as it does where tensors are split or "
+                "broadcast"
+            )
         if is_grouped(layer):
             if layer.groups in (layer.out_channels, layer.in_channels) and member.side == "in":
                 return f"each group of {member.layer} reads or makes a single channel"

@@ -149,6 +149,29 @@ class Awkward(nn.Module):
         return self.fc(torch.softmax(features, dim=1).mean((2, 3)))
 
 
+class Split(nn.Module):
+    """Channels that are parted: halved for a gate, cut at fixed places, or gated by one channel for all."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.both = nn.Conv2d(16, 32, 3, padding=1)
+        self.mask = nn.Conv2d(16, 1, 1)
+        self.last = nn.Conv2d(16, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        stream = torch.relu(self.stem(images))
+        if self.how == "broadcast":
+            gated = stream * torch.sigmoid(self.mask(stream))
+        else:
+            both = self.both(stream)
+            left, right = both.chunk(2, 1) if self.how == "chunk" else torch.split(both, [16, 16], 1)
+            gated = left * torch.sigmoid(right)
+        return self.fc(torch.relu(self.last(gated)).mean((2, 3)))
+
+
 class Auxiliary(nn.Module):
     """A second head that runs in training mode only, as in GoogLeNet."""
 

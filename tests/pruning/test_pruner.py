@@ -209,6 +209,14 @@ def test_auxiliary_heads_still_train_after_pruning() -> None:
     assert model.conv1.out_channels == 8
 
 
+def test_a_gate_of_halves_computes_what_it_computes_silenced() -> None:
+    model = nets.lively(nets.Split("chunk"))
+    record = cut(model, 8, pruning_ratio=0.5, round_to=4)
+    assert record["widths"]["both"] == {"before": [16, 32], "after": [8, 16]}
+    assert record["widths"]["last"]["after"][0] == 8
+    assert model(nets.images(8)).shape == (2, 5)
+
+
 def test_model_keeps_no_trace_of_the_tools() -> None:
     model = CifarResNet(8)
     types = {name: type(module) for name, module in model.named_modules()}

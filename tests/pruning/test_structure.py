@@ -129,6 +129,30 @@ def test_channel_shuffle_is_left_alone_and_inner_channels_are_not() -> None:
     assert set(reasons(structure)) == {"stem", "inner2", "fc"}
 
 
+def test_halves_of_a_gate_are_pruned_together() -> None:
+    structure = analyse(nets.Split("chunk"), nets.images())
+    sizes = {group.name: unit_sizes(group) for group in structure.groups}
+    assert sizes == {"stem": [(16, 1)], "both": [(16, 2)], "last": [(8, 1)]}
+    assert structure.groups[1].units[0].atoms.tolist() == [[c, c + 16] for c in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("how", "layer", "reason"),
+    [
+        ("split", "both", "pruning them on trial breaks the model (RuntimeError: split_with_sizes expects"),
+        (
+            "broadcast",
+            "stem",
+            "Torch-Pruning places these channels outside mask, as it does where tensors are split",
+        ),
+    ],
+)
+def test_parts_that_cannot_be_followed_are_left_alone(how: str, layer: str, reason: str) -> None:
+    structure = analyse(nets.Split(how), nets.images())
+    assert reasons(structure)[layer].startswith(reason)
+    assert "last" in producers(structure)
+
+
 def test_what_cannot_be_pruned_is_named_with_its_reason() -> None:
     structure = analyse(nets.Awkward(), nets.images())
     found = reasons(structure)
