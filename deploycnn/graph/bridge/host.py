@@ -118,6 +118,19 @@ def _extreme(values: Sequence[Any], *, largest: bool) -> Any:
     return best
 
 
+def clip(values: Any, low: Any, high: Any) -> Shape:
+    """Numbers within bounds; ``None`` for a bound that is left out."""
+    found = array(values)
+    if low is not None:
+        found = elementwise("Max", found, low)
+    return found if high is None else elementwise("Min", found, high)
+
+
+def transpose(values: Any, axes: Sequence[int] | None) -> Shape:
+    """Axes in another order; reversed where ``axes`` is left out."""
+    return np.transpose(array(values), axes)
+
+
 def cast(values: Any, kind: str) -> Shape:
     """To "int", "float" or "bool"."""
     return _map(_CASTS[kind], values)

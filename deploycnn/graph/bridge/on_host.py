@@ -53,6 +53,20 @@ def _cast(site: Site) -> Value:
     return site.host(host.cast, site.hosted(0), _KINDS[target])
 
 
+@_on_host("Clip")
+def _clip(site: Site) -> Value:
+    if site.opset < 11:
+        bounds = [attribute(site.node, name, None) for name in ("min", "max")]
+    else:
+        bounds = [site.hosted(index) if site.value(index) is not None else None for index in (1, 2)]
+    return site.host(host.clip, site.hosted(0), *bounds)
+
+
+@_on_host("Transpose")
+def _transpose(site: Site) -> Value:
+    return site.host(host.transpose, site.hosted(0), site.ints("perm") or None)
+
+
 @_on_host("Gather")
 def _gather(site: Site) -> Value:
     return site.host(host.gather, site.hosted(0), site.hosted(1), site.integer("axis", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import warnings
 from pathlib import Path
 
@@ -272,3 +273,34 @@ def test_an_old_detector_of_opset_9() -> None:
     assert layers(bridge.module, (nn.Conv2d,)) == 42
     assert layers(bridge.module, (nn.BatchNorm2d,)) == 25
     check(simplify(model), noise(1, 3, 240, 320), rtol=1e-3, atol=1e-4)
+
+
+class SamePadding(nn.Module):
+    """A convolution padded as TensorFlow does it, by sums that depend on the image's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        pads = [
+            max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+            if isinstance(size, int)
+            else torch.clamp((torch.ceil(size / 2) - 1) * 2 + 3 - size, min=0)
+            for size in (width, height)
+        ]
+        x = nn.functional.pad(x, [pads[0] // 2, pads[0] - pads[0] // 2, pads[1] // 2, pads[1] - pads[1] // 2])
+        return self.conv(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("size", [12, 13])
+def test_padding_that_follows_from_the_size_is_computed_on_the_host(size: int) -> None:
+    torch.manual_seed(0)
+    model = by_torchscript(SamePadding(), 12)
+    kinds = {node.op_type for node in model.graph.node}
+    assert {"Clip", "Transpose", "Pad"} <= kinds
+    free = model.graph.input[0].type.tensor_type.shape
+    for axis in (2, 3):
+        free.dim[axis].dim_param = f"d{axis}"
+    check(model, noise(2, 3, size, size))

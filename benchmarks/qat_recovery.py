@@ -1,0 +1,171 @@
+"""How much of a drop two epochs of quantization-aware training win back.
+
+    python benchmarks/qat_recovery.py resnet20.onnx --data cifar10-jpeg.zip [--train-images 40000] [--per-channel]
+
+Weights get 4 bits, rounded to nearest, with one scale for each layer unless ``--per-channel``, and activations their
+widest ranges: a drop that is plain to see. The graph is then trained as the pass ``qat`` does it at its defaults (the
+float graph teaches, LSQ learns scales). The validation split (the last 500 of each class) picks the epoch; top-1 before
+and after is of the test split, in float arithmetic as the graph is written. The recovered share is 1 - drop after /
+drop before; its interval is of a bootstrap over the test images. ``--train-images`` trains on fewer images, evenly over
+the classes, where a whole epoch takes too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import ModelProto
+
+from deploycnn.core import Context
+from deploycnn.data.base import Data, Split
+from deploycnn.data.calibration import calibration_indices
+from deploycnn.data.imagefolder import ImageFolder
+from deploycnn.data.loader import batches
+from deploycnn.data.opening import open_source
+from deploycnn.graph.model import load_onnx
+from deploycnn.graph.parity import evaluator
+from deploycnn.passes.qat import Qat
+from deploycnn.quantization import packs
+from deploycnn.quantization.engine import Candidate, Engine
+from deploycnn.quantization.packed import packed
+from deploycnn.quantization.preparation import prepare
+from deploycnn.quantization.qat import fine_tune, float_teacher
+from deploycnn.training.losses import Distillation
+
+PREPROCESSING = {
+    "size": [32, 32], "resize": "squash", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+}  # fmt: skip
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a split."""
+
+    split: Split
+    indices: npt.NDArray[np.int64]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.split.names[index] for index in self.indices)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return self.split.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def decode(self, index: int) -> npt.NDArray[np.uint8]:
+        return self.split.decode(int(self.indices[index]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a float ONNX classifier of 32 x 32 images")
+    parser.add_argument("--data", type=Path, required=True, help="image folder or zip")
+    parser.add_argument("--train-images", type=int, help="train on so many; all by default")
+    parser.add_argument("--val-images", type=int, help="pick the epoch on so many; all by default")
+    parser.add_argument("--per-channel", action="store_true", help="a milder drop")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    data = open_source(ImageFolder(root=given.data, val="last", val_per_class=500), PREPROCESSING)
+    training = fewer(data, given.train_images, given.val_images)
+    full = prepare(load_onnx(given.model))
+    pack = replace(packs.four_bits(packs.get("onnxruntime-cpu")), per_channel=given.per_channel)
+    indices = calibration_indices(data.dataset.train.labels, 512, 0)
+    held = [batch.images for batch in batches(data.dataset.train, data.preprocessing, 64, indices=indices)]
+    engine = Engine(pack, lambda: held, threads=given.threads)
+    quantized = engine.build(Candidate(model=full, calibrator="minmax"))
+    right = {
+        name: hits(model, data, given.threads) for name, model in (("fp32", full), ("before", quantized))
+    }
+    print(json.dumps({name: round(float(found.mean()), 4) for name, found in right.items()}), flush=True)
+    settings = Qat(epochs=given.epochs)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tuned = fine_tune(
+            packed(quantized),
+            full,
+            training,
+            settings,
+            loss=Distillation(
+                teacher=float_teacher(full), method="kd", temperature=settings.temperature, alpha=1.0, beta=0.0,
+                label_weight=settings.label_weight,
+            ),
+            ctx=Context(output=Path(folder), scratch=Path(folder), threads=given.threads, progress=tell),
+            learn_scales=settings.learn_scales,
+            parity_count=64,
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    right["after"] = hits(tuned.model, data, given.threads)
+    print(json.dumps({
+        "model": given.model.name, "weights": f"int4, per {'channel' if given.per_channel else 'layer'}",
+        "epochs": given.epochs, "train_images": len(training.dataset.train),
+        "val_images": len(training.dataset.val), "test_images": len(right["fp32"]),
+        **{f"top1_{name}": float(found.mean()) for name, found in right.items()},
+        **recovered(right), "improved_on_val": tuned.improved, "agreement": tuned.agreement.to_json(),
+        "seconds": round(seconds),
+    }))  # fmt: skip
+
+
+def tell(done: float, total: float, message: str) -> None:
+    print(f"{done:.2f}/{total} {message}", flush=True)
+
+
+def fewer(data: Data, train: int | None, val: int | None) -> Data:
+    """The same data with fewer images to train on and to pick by."""
+    splits: dict[str, Split] = {}
+    for name, count in (("train", train), ("val", val)):
+        split = getattr(data.dataset, name)
+        if count is not None:
+            splits[name] = Part(split, np.sort(calibration_indices(split.labels, count, 1)))
+    return replace(data, dataset=replace(data.dataset, **splits))
+
+
+def hits(model: ModelProto, data: Data, threads: int) -> npt.NDArray[np.bool_]:
+    """Which test images are told right."""
+    run: Callable[[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]] = evaluator(
+        packed(model), threads=threads, integers=False
+    )
+
+    def each() -> Iterator[npt.NDArray[np.bool_]]:
+        for batch in batches(data.dataset.test, data.preprocessing, 100):
+            yield run(batch.images)[0].argmax(axis=1) == batch.labels
+
+    return np.concatenate(list(each()))
+
+
+def recovered(right: dict[str, npt.NDArray[np.bool_]]) -> dict[str, object]:
+    """Drop before and after, and the recovered share with its 95% interval."""
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(RESAMPLES):
+        index = rng.integers(0, len(right["fp32"]), len(right["fp32"]))
+        full, before, after = (right[name][index].mean() for name in ("fp32", "before", "after"))
+        if full > before:
+            shares.append((after - before) / (full - before))
+    full, before, after = (float(right[name].mean()) for name in ("fp32", "before", "after"))
+    return {
+        "drop_before": full - before,
+        "drop_after": full - after,
+        "recovered": (after - before) / (full - before) if full > before else None,
+        "recovered_95": [float(bound) for bound in np.quantile(shares, (0.025, 0.975))] if shares else None,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()
