@@ -3,7 +3,8 @@
 Quantizes a float ONNX classifier for CPUs with and without 8-bit dot products (8- and 7-bit weights), imports both
 through the bridge and compares logits on test images, in steps of the logits' own quantizer or, where the logits
 are left in float, in steps that 8 bits would have over their range. 8-bit graphs are run unfused where
-this CPU's integer kernels saturate, which is what CPUs with a dot product compute.
+this CPU's integer kernels saturate. The bridge computes in float32 between roundings, and as the integer
+kernels do (``IntegerKernels``), which is what fused graphs are to be held against.
 
     python benchmarks/bridge_int8.py model.onnx --data cifar10-jpeg.zip [--images 1000] [--calibration-images 256]
 """
@@ -11,6 +12,7 @@ this CPU's integer kernels saturate, which is what CPUs with a dot product compu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from deploycnn import api
 from deploycnn.data.base import Data
 from deploycnn.data.loader import batches
 from deploycnn.graph.bridge import to_torch
+from deploycnn.graph.bridge.integer_kernels import IntegerKernels
 from deploycnn.graph.cleanup import simplify
 from deploycnn.graph.model import infer_shapes, load_onnx
 from deploycnn.graph.names import name_nodes
@@ -99,8 +102,14 @@ def main() -> None:
                 found: Logits = module(torch.from_numpy(images)).numpy()
             return found
 
-        ours, labels = logits_of(by_torch, data, options.images)
-        for fused in (False, True):
+        def by_integers(images: npt.NDArray[np.float32], module: torch.nn.Module = bridge.module) -> Logits:
+            found: Logits = IntegerKernels(module)(torch.from_numpy(images)).numpy()
+            return found
+
+        plain, labels = logits_of(by_torch, data, options.images)
+        integers, _ = logits_of(by_integers, data, options.images)
+        for arithmetic, fused in itertools.product(("float32", "integers"), (False, True)):
+            ours = plain if arithmetic == "float32" else integers
             if fused and detect_isa().saturates and not isa.saturates:
                 continue
             session = cpu_session(quantized, threads=2, optimize=fused)
@@ -109,7 +118,8 @@ def main() -> None:
             step = step_of(quantized, theirs)
             apart = np.abs(ours - theirs)
             print(json.dumps({
-                "weights": name, "onnxruntime": "fused" if fused else "unfused", "images": len(labels),
+                "weights": name, "bridge": arithmetic, "onnxruntime": "fused" if fused else "unfused",
+                "images": len(labels),
                 "within_one_step": float((apart <= 1.001 * step).mean()), "step": step,
                 "max_abs": float(apart.max()), "bit_equal": float((apart == 0).mean()),
                 "top1_agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()),

@@ -56,16 +56,19 @@ class Part:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """What a person calls each image."""
         return tuple(self.split.names[index] for index in self.indices)
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
+        """Class indices, shape (N,)."""
         return self.split.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def decode(self, index: int) -> npt.NDArray[np.uint8]:
+        """Image ``index``, uint8 RGB (H, W, 3)."""
         return self.split.decode(int(self.indices[index]))
 
 

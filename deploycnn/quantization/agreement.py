@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
-from torch import nn
+from torch import fx, nn
 
 from deploycnn.errors import ParityError
+from deploycnn.graph.bridge.integer_kernels import IntegerKernels
 from deploycnn.graph.model import initializers, producers
 from deploycnn.graph.observe import image_input
 from deploycnn.graph.parity import evaluator
@@ -73,7 +74,7 @@ def measure_agreement(
     """Run both on the same images.
 
     Args:
-        module: The fake-quantized graph, on the CPU.
+        module: The fake-quantized graph, on the CPU. It computes as onnxruntime's integer kernels do where these run.
         model: The Q/DQ graph.
         images_NCHW: Preprocessed.
         source: Where they came from.
@@ -81,13 +82,15 @@ def measure_agreement(
         integers: Whether onnxruntime may use its integer kernels.
     """
     run = evaluator(model, threads=threads, integers=integers)
+    graph = next((part for part in module.modules() if isinstance(part, fx.GraphModule)), None)
+    compute = IntegerKernels(graph) if integers and graph is not None else module
     size = image_input(model)[1][0] or _BATCH
     trained, deployed = [], []
     module.eval()
     with torch.inference_mode():
         for start in range(0, len(images_NCHW) - len(images_NCHW) % size or len(images_NCHW), size):
             batch = images_NCHW[start : start + size]
-            trained.append(module(torch.from_numpy(batch)).numpy())
+            trained.append(compute(torch.from_numpy(batch)).numpy())
             deployed.append(run(batch)[0])
     ours, theirs = (np.concatenate(parts).astype(np.float64) for parts in (trained, deployed))
     scale = output_scale(model)
