@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from deploycnn.core import Json
+from deploycnn.errors import PassRequirementError
 from deploycnn.models.artifact import get_architecture, load_model, save_model
 from deploycnn.models.macs import count_macs
 from deploycnn.pruning.importance import Criterion
@@ -95,7 +96,9 @@ def _part(goal: Goal, left: float, step: int, steps: int) -> Goal:
         ratio = goal.macs_ratio ** (step / steps) / left
         return dataclasses.replace(goal, macs_ratio=min(ratio, 1.0))
     if goal.pruning_ratio is None:
-        raise TypeError("steps are for pruning_ratio and macs_ratio")
+        raise PassRequirementError(
+            "prune.steps: go with pruning_ratio or macs_ratio; for other goals write one prune for each step"
+        )
     kept = (1 - goal.pruning_ratio) ** (step / steps) / left
     return dataclasses.replace(goal, pruning_ratio=max(0.0, 1 - kept))
 
