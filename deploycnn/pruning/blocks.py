@@ -76,9 +76,15 @@ def droppable(model: nn.Module, images: Tensor) -> tuple[str, ...]:
 
 
 def _passes_on(block: nn.Module, value: Tensor) -> bool:
-    """Whether a block with all parameters zero gives ``value`` back."""
+    """Whether a block with all parameters zero gives its input back; ``value`` is such an input.
+
+    Random numbers in its place, as a gate gives back the zeros that a branch makes before training. Signs stay possible
+    ones: behind a ReLU there are no negative numbers.
+    """
     if isinstance(block, torch.fx.GraphModule):
         return False
+    drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    value = drawn if bool((value >= 0).all()) else 2 * drawn - 1
     silent = copy.deepcopy(block)
     with torch.no_grad():
         for parameter in silent.parameters():

@@ -71,6 +71,28 @@ def test_inverted_residuals_can_go() -> None:
         assert any(isinstance(layer, nn.Conv2d) for layer in block.modules())
 
 
+def test_a_gate_on_a_branch_that_starts_silent_is_no_block() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.gate = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), Gate()
+            nn.init.zeros_(self.bn.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x + self.gate(self.bn(self.conv(x))))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Block(), nn.Flatten(), nn.Linear(512, 5)).eval()
+    assert droppable(model, nets.images()) == ("2",)
+
+
 def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     with torch.no_grad():
         return float(functional.cross_entropy(model(images), labels))
