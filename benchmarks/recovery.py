@@ -36,7 +36,7 @@ from deploycnn.training.settings import TrainingSettings
 AUGMENT = {"crop_padding": 4, "padding": "zero", "horizontal_flip": True}
 
 
-def plain(bench: Bench, name: str, source: Artifact, epochs: int, seed: int) -> tuple[Artifact, float]:
+def plain(bench: Bench, name: str, source: Artifact, epochs: int, seed: int) -> tuple[Artifact, Score]:
     """Fine-tune as Torch-Pruning's scripts do; the best epoch on val is kept."""
     settings = schema.build(TrainingSettings, {"batch_size": 128, "augment": AUGMENT}, "plain")
     device, data = bench.given.device, bench.data
@@ -74,7 +74,7 @@ def plain(bench: Bench, name: str, source: Artifact, epochs: int, seed: int) -> 
         parents=(),
         facts=source.facts,
     )
-    return made, best.top1
+    return made, best
 
 
 def main() -> None:
@@ -113,8 +113,9 @@ def main() -> None:
         test: dict[str, list[float]] = {}
         for seed in range(given.seeds):
             for name in (*ways, *([] if given.no_plain else ["plain"])):
-                made, top1, seconds = recover(bench, name, ways, pruned, dense, epochs, seed)
-                row = {"way": name, "epochs": epochs, "seed": seed, "val_top1": top1, "seconds": seconds}
+                made, score, seconds = recover(bench, name, ways, pruned, dense, epochs, seed)
+                row = {"way": name, "epochs": epochs, "seed": seed, "seconds": seconds}
+                row |= {"val_top1": score.top1, "val_loss": round(score.loss, 4)}
                 if not given.no_test:
                     row["test_top1"] = bench.top1(made, bench.test)
                     test.setdefault(name, []).append(row["test_top1"])
@@ -132,17 +133,19 @@ def recover(
     dense: Artifact,
     epochs: int,
     seed: int,
-) -> tuple[Artifact, float, float | None]:
-    """What a way makes of the pruned model, its top-1 on val, and its seconds where they are known."""
+) -> tuple[Artifact, Score, float | None]:
+    """What a way makes of the pruned model, its score on val, and its seconds where they are known."""
     key = f"{name}-{epochs}-{seed}"
     if name not in ways:
-        made, top1 = plain(bench, key, pruned, epochs, seed)
-        return made, top1, None
+        made, score = plain(bench, key, pruned, epochs, seed)
+        return made, score, None
     options = {"teacher": "self", "epochs": epochs, "augment": AUGMENT, **ways[name]}
     step = schema.build(Distill, options, name)
     made = bench.make(key, step, pruned, seed=seed, lineage=(dense, pruned))
     history = made.facts.record["training"]
-    return made, history["kept_val_top1"], round(sum(epoch["seconds"] for epoch in history["epochs"]), 1)
+    kept = history["epochs"][history["kept_epoch"] - 1]
+    score = Score(top1=kept["val_top1"], loss=kept["val_loss"])
+    return made, score, round(sum(epoch["seconds"] for epoch in history["epochs"]), 1)
 
 
 if __name__ == "__main__":
