@@ -141,7 +141,7 @@ def _make(
                 target=recipe.target.name,
                 data=data,
                 references={name: artifacts[key] for name, key in step.references.items()},
-                stopwatch=stopwatch(recipe, data) if _takes_onnx(step) else None,
+                stopwatch=stopwatch(recipe, data) if _may_time(step) else None,
                 lineage=tuple(artifacts[key] for key in _ancestors(plan, step)),
                 progress=events.progress,
                 log=log,
@@ -198,8 +198,9 @@ def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
     )
 
 
-def _takes_onnx(step: Step) -> bool:
-    return isinstance(step.component, Pass) and step.component.consumes == "onnx"
+def _may_time(step: Step) -> bool:
+    component = step.component
+    return isinstance(component, Pass) and (component.consumes == "onnx" or component.uses_environment)
 
 
 def _ancestors(plan: Plan, step: Step) -> list[str]:

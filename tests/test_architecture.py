@@ -12,7 +12,18 @@ import pytest
 import deploycnn
 
 PACKAGE = Path(deploycnn.__file__).parent
-LIBRARIES = {"pruning", "quantization", "graph", "models", "data", "tasks", "training", "engines", "gpu"}
+LIBRARIES = {
+    "pruning",
+    "quantization",
+    "graph",
+    "models",
+    "data",
+    "tasks",
+    "training",
+    "engines",
+    "gpu",
+    "latency",
+}
 COMMON = {"core", "errors", "optional", "registry", "files", "targets"}
 
 #: Room -> rooms of this package that it may import at any level of its code.
@@ -38,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(LIBRARIES, COMMON | LIBRARIES),
     **dict.fromkeys(("passes", "sources"), COMMON | LIBRARIES),
     "runtimes": COMMON | LIBRARIES,
+    "latency": COMMON | LIBRARIES | {"environment"},  # tables belong to a machine
 }
 
 

@@ -15,7 +15,8 @@ from deploycnn.errors import DeployCNNError
 
 #: Verbs in the order in which people need them.
 VERBS = (
-    "compress", "export", "profile", "inspect", "lint", "audit", "recipes", "passes", "doctor", "completion",
+    "compress", "export", "profile", "inspect", "lint", "audit", "latency-table", "recipes", "passes", "doctor",
+    "completion",
 )  # fmt: skip
 
 
@@ -28,7 +29,9 @@ class _Verbs(click.Group):
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = importlib.import_module(f"deploycnn.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(
+            f"deploycnn.cli.{cmd_name.replace('-', '_')}"
+        ).command
         return command
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Lt
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from deploycnn.pruning.importance import Criterion
+    from deploycnn.pruning.latency_goal import LatencyGoal
 
 Importance = Literal[
     "magnitude",
@@ -29,6 +31,9 @@ Importance = Literal[
     "random",
 ]
 
+#: Fields of which exactly one is set.
+_GOALS = ("pruning_ratio", "macs_ratio", "params_ratio", "latency_ratio")
+
 #: Those that look at images of the training split.
 _WITH_IMAGES = ("taylor", "fisher", "group_fisher", "hrank", "chip")
 
@@ -37,8 +42,8 @@ _WITH_IMAGES = ("taylor", "fisher", "group_fisher", "hrank", "chip")
 class Prune(Pass):
     """Remove the least important channels of all layers that depend on one another.
 
-    Set ``pruning_ratio`` or ``macs_ratio``. The model is smaller and less accurate afterwards: `distill` or
-    `train` should follow.
+    Set one of ``pruning_ratio``, ``macs_ratio``, ``params_ratio`` and ``latency_ratio``. The model is smaller and less
+    accurate afterwards: `distill` or `train` should follow.
     """
 
     consumes: ClassVar[Format] = "torch"
@@ -52,6 +57,20 @@ class Prune(Pass):
         Annotated[float, Gt(0), Lt(1)] | None,
         "Share of the multiply-accumulates to keep at most; met most closely with `scope: global`.",
     ] = None
+    params_ratio: Annotated[
+        Annotated[float, Gt(0), Lt(1)] | None, "Share of the parameters to keep at most, by an exact solver."
+    ] = None
+    latency_ratio: Annotated[
+        Annotated[float, Gt(0), Lt(1)] | None,
+        "Share of the dense latency to keep on the recipe's target, at the first batch size and threads of `profile`; "
+        "measured, and corrected until it holds.",
+    ] = None
+    latency_precision: Annotated[
+        Literal["fp32", "int8"], "For latency_ratio: what the model will be deployed as."
+    ] = "fp32"
+    latency_table: Annotated[
+        Path | None, "For latency_ratio: a table made by `deploycnn latency-table`, also on another machine."
+    ] = None
     importance: Annotated[
         Importance,
         "What the least important channels are told by; taylor, fisher, hrank and chip look at training images.",
@@ -62,7 +81,10 @@ class Prune(Pass):
         Literal["layer", "global"],
         "Remove the same share from every layer, or the least important channels of the whole model.",
     ] = "layer"
-    round_to: Annotated[int, Ge(1), "Keep widths multiples of this, which INT8 kernels need to be fast."] = 8
+    round_to: Annotated[
+        Annotated[int, Ge(1)] | None,
+        "Keep widths multiples of this; null: 8, and with latency_ratio the step that the target's kernels show.",
+    ] = None
     max_ratio: Annotated[float, Gt(0), Lt(1), "Most that one layer may lose."] = 0.9
     protect: Annotated[tuple[str, ...], "Names of layers or modules whose output channels stay."] = ()
     ratios: Annotated[
@@ -84,9 +106,12 @@ class Prune(Pass):
     ] = False
 
     def __post_init__(self) -> None:
-        if (self.pruning_ratio is None) == (self.macs_ratio is None):
-            given = "neither" if self.pruning_ratio is None else "both"
-            raise RecipeError(f"prune: set exactly one of pruning_ratio and macs_ratio, got {given}")
+        given = [name for name in _GOALS if getattr(self, name) is not None]
+        if len(given) != 1:
+            names = f"{', '.join(_GOALS[:-1])} and {_GOALS[-1]}"
+            raise RecipeError(f"prune: set exactly one of {names}, got {' and '.join(given) or 'none'}")
+        if self.latency_table is not None and self.latency_ratio is None:
+            raise RecipeError("prune: latency_table is for latency_ratio; set that or leave the table out")
         for name, ratio in {"pruning_ratio": self.pruning_ratio, **self.ratios}.items():
             if ratio is not None and ratio > self.max_ratio:
                 raise RecipeError(
@@ -105,6 +130,9 @@ class Prune(Pass):
         object.__setattr__(
             self, "needs_data", self.importance in _WITH_IMAGES or self.steps > 1 or self.sensitivity
         )
+        # What is timed decides: another target or machine makes another model.
+        object.__setattr__(self, "uses_target", self.latency_ratio is not None)
+        object.__setattr__(self, "uses_environment", self.latency_ratio is not None)
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Prune ``source``; widths, MACs and what was left alone are recorded under "pruning".
@@ -133,6 +161,8 @@ class Prune(Pass):
         goal = Goal(
             pruning_ratio=self.pruning_ratio,
             macs_ratio=self.macs_ratio,
+            params_ratio=self.params_ratio,
+            latency=self._latency(model, images, ctx),
             scope=self.scope,
             round_to=self.round_to,
             max_ratio=self.max_ratio,
@@ -168,21 +198,38 @@ class Prune(Pass):
             size_bytes=(ctx.output / MAIN_FILE["torch"]).stat().st_size,
             record={
                 "pruning": self._options() | record,
-                "tables": [table.to_json() for table in (width_table(record["widths"]), *tables)],
+                "tables": [
+                    *(table.to_json() for table in (width_table(record["widths"]), *tables)),
+                    *(goal.latency.tables() if goal.latency is not None else ()),
+                ],
             },
         )
         return Draft(format="torch", inputs=source.inputs, outputs=source.outputs, facts=facts)
+
+    def _latency(self, model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> LatencyGoal | None:
+        """The goal of latency, with what measures it here or the table that was measured elsewhere."""
+        if self.latency_ratio is None:
+            return None
+        from deploycnn.latency.goal import latency_goal
+
+        return latency_goal(
+            model.eval(),
+            images,
+            ratio=self.latency_ratio,
+            precision=self.latency_precision,
+            table=self.latency_table,
+            ctx=ctx,
+        )
 
     def _options(self) -> dict[str, Json]:
         """What was asked for."""
         options: dict[str, Json] = {
             "importance": self.importance,
             "scope": self.scope,
-            "round_to": self.round_to,
         }
         if self.importance == "magnitude":
             options["norm"] = self.norm
-        asked = {"pruning_ratio": self.pruning_ratio, "macs_ratio": self.macs_ratio}
+        asked = {name: getattr(self, name) for name in _GOALS}
         return options | {"asked": {name: ratio for name, ratio in asked.items() if ratio is not None}}
 
 

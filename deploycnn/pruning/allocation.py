@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -98,6 +98,27 @@ def _steps(unit: Unit, round_to: int, max_ratio: float) -> tuple[int, ...]:
     least = max(1, math.ceil(count * (1 - max_ratio) - 1e-9))
     widths = [width for width in range(multiple, count, multiple) if width >= least]
     return (0, *(count - width for width in reversed(widths)))
+
+
+def pinned(found: Sequence[Ladder]) -> list[Ladder]:
+    """The ladders, those whose ratio the recipe names with that step alone."""
+    return [
+        ladder if ladder.ratio is None else replace(ladder, steps=(ladder.nearest(ladder.ratio),))
+        for ladder in found
+    ]
+
+
+def losses_of(found: Sequence[Ladder]) -> list[npt.NDArray[np.float64]]:
+    """What each ladder loses at each of its steps, comparable across ladders.
+
+    The share of its importance that a unit gives up, weighted by its number of channels: the mean-normalized scores
+    that the scope "global" ranks by, added up.
+    """
+    losses = []
+    for ladder in found:
+        sums = np.concatenate([[0.0], np.cumsum(ladder.importance)]) * ladder.atoms.shape[1]
+        losses.append(sums[list(ladder.steps)])
+    return losses
 
 
 def allocate(found: Sequence[Ladder], pruning_ratio: float, scope: Scope) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,10 +26,15 @@ from deploycnn.pruning.allocation import (
 from deploycnn.pruning.costs import macs_after, macs_by_layer
 from deploycnn.pruning.groups import ChannelGroup, IntArray, Protected
 from deploycnn.pruning.importance import Criterion, Scores
+from deploycnn.pruning.latency_goal import LatencyGoal
 from deploycnn.pruning.layers import widths
+from deploycnn.pruning.params_goal import steps_for_params
 from deploycnn.pruning.structure import Structure, analyse, is_inside, shrunk, suggestions
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, removals, remove
 from deploycnn.pruning.tracing import forward
+
+#: Widths are multiples of this where neither the recipe nor the target says another number.
+DEFAULT_STEP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +43,11 @@ class Goal:
 
     Attributes:
         pruning_ratio: Share of the prunable channels to remove, or ``None``.
-        macs_ratio: Share of the MACs to keep at most, or ``None``; exactly one of the two is given.
+        macs_ratio: Share of the MACs to keep at most, or ``None``.
+        params_ratio: Share of the parameters to keep at most, or ``None``.
+        latency: Share of the latency on a target to keep, or ``None``; exactly one of these four is given.
         scope: "layer" ranks channels within their group, "global" across the model.
-        round_to: Widths stay multiples of this.
+        round_to: Widths stay multiples of this; ``None``: 8, and with ``latency`` the step of the target's kernels.
         max_ratio: Most that a group may lose.
         protect: Names of modules whose output channels stay.
         ratios: Module name -> share of its channels to remove.
@@ -47,8 +55,10 @@ class Goal:
 
     pruning_ratio: float | None = None
     macs_ratio: float | None = None
+    params_ratio: float | None = None
+    latency: LatencyGoal | None = None
     scope: Scope = "layer"
-    round_to: int = 8
+    round_to: int | None = None
     max_ratio: float = 0.9
     protect: tuple[str, ...] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
@@ -79,10 +89,12 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
     structure = analyse(model, trial, protect=goal.protect, seed=seed)
     _check_ratios(model, structure, goal.ratios)
     scores = criterion(model, structure.groups)
+    if goal.round_to is None:
+        goal = dataclasses.replace(goal, round_to=goal.latency.step() if goal.latency else DEFAULT_STEP)
     found = ladders(
         structure.groups,
         scores,
-        round_to=goal.round_to,
+        round_to=goal.round_to or DEFAULT_STEP,
         max_ratio=goal.max_ratio,
         ratios=ratios_of(structure.groups, goal.ratios),
     )
@@ -91,6 +103,10 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
         raise PassRequirementError(f"prune: no layer can be pruned: {_summary(protected)}")
     losses = _losses(model, images, structure, found, goal, macs)
     if not losses:
+        if goal.pruning_ratio is None:
+            raise PassRequirementError(
+                "prune: the goal is so near to the dense model that no channel needs to go; lower it or leave prune out"
+            )
         raise PassRequirementError(
             f"prune.pruning_ratio: {goal.pruning_ratio:g} is too little for any width to reach the next multiple of "
             f"round_to = {goal.round_to}; raise it, lower round_to, or set scope: global"
@@ -102,6 +118,8 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
         raise RuntimeError("pruning changed the shape of the outputs")
     after = count_macs(model, shape)
     return {
+        "round_to": goal.round_to,
+        **({"latency": goal.latency.record} if goal.latency is not None else {}),
         "macs_before": macs,
         "macs_after": after,
         "macs_ratio": after / macs,
@@ -191,8 +209,12 @@ def _losses(
 
     if goal.pruning_ratio is not None:
         return lost(allocate(found, goal.pruning_ratio, goal.scope))
+    if goal.latency is not None:
+        return lost(goal.latency.choose(model, structure.groups, found))
+    if goal.params_ratio is not None:
+        return lost(steps_for_params(model, structure.groups, found, goal.params_ratio))
     if goal.macs_ratio is None:
-        raise TypeError("a goal needs pruning_ratio or macs_ratio")
+        raise TypeError("a goal needs pruning_ratio, macs_ratio, params_ratio or latency")
     by_layer = macs_by_layer(model, images)
     fixed = macs - sum(by_layer.values())  # what other operators compute does not shrink here
 

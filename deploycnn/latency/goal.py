@@ -1,0 +1,106 @@
+"""A goal of latency from what a pass knows: a bench on this machine, or a table from another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deploycnn import environment, targets
+from deploycnn.core import Context
+from deploycnn.errors import PassRequirementError, RuntimeUnavailable
+from deploycnn.latency.layers import Layer, layers_of
+from deploycnn.latency.measure import Bench
+from deploycnn.latency.model import LatencyTable, load_table
+from deploycnn.pruning.latency_goal import LatencyGoal
+
+
+def latency_goal(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    ratio: float,
+    precision: str,
+    table: Path | None,
+    ctx: Context,
+) -> LatencyGoal:
+    """The goal, and what measures it.
+
+    A table of this machine is used in place of measuring one, and the result is measured here as well; one of another
+    machine stands alone: nothing can be measured there from here.
+
+    Args:
+        model: Dense, in evaluation mode.
+        images: Example input (N, C, H, W).
+        ratio: Share of the dense latency.
+        precision: "fp32" or "int8".
+        table: A file, or ``None``.
+        ctx: Of the pass.
+
+    Raises:
+        RuntimeUnavailable: this host lacks the target, and there is no table.
+        PassRequirementError: the table is of another target or precision, or lacks layers of this model.
+        ArtifactError: the table cannot be read.
+    """
+    loaded = load_table(table) if table is not None else None
+    stopwatch = ctx.stopwatch
+    if loaded is not None and table is not None:
+        _check(loaded, table, precision, ctx)
+        here = environment.detect()
+        elsewhere = environment.Environment.from_json(loaded.environment, f"{table}: environment")
+        if stopwatch is None or here.fingerprint != elsewhere.fingerprint:
+            return LatencyGoal(
+                ratio=ratio, layers=layers_of_table(model, images, loaded, table), bench=None, table=loaded
+            )
+        batch_size, threads = loaded.batch_size, loaded.threads
+    elif stopwatch is None:
+        raise RuntimeUnavailable(
+            f"prune.latency_ratio: the target {ctx.target} cannot be timed on this host; measure a table on one that "
+            "has it (deploycnn latency-table) and name it as latency_table"
+        )
+    else:
+        batch_size, threads = stopwatch.settings[0]
+    bench = Bench(
+        model=model,
+        images=images,
+        stopwatch=stopwatch,
+        precision=precision,
+        batch_size=batch_size,
+        threads=threads,
+        target=ctx.target,
+        tell=ctx.progress,
+    )
+    layers = bench.layers() if loaded is None else layers_of_table(model, images, loaded, table)
+    return LatencyGoal(
+        ratio=ratio, layers=layers, bench=bench, table=loaded, seed=ctx.seed, tell=ctx.progress
+    )
+
+
+def _check(loaded: LatencyTable, path: Path, precision: str, ctx: Context) -> None:
+    runtimes = targets.get(ctx.target).runtimes
+    if loaded.runtime not in runtimes:
+        raise PassRequirementError(
+            f"prune.latency_table: {path} is of {loaded.runtime}, the target {ctx.target} runs {runtimes[0]}"
+        )
+    if loaded.precision != precision:
+        raise PassRequirementError(
+            f"prune.latency_table: {path} is of {loaded.precision}, latency_precision asks for {precision}"
+        )
+
+
+def layers_of_table(model: nn.Module, images: Tensor, table: LatencyTable, path: Path | None) -> list[Layer]:
+    """The layers, each with the table's kind for it: what runs behind a layer was seen where the table was measured.
+
+    Raises:
+        PassRequirementError: the table has none for a layer.
+    """
+    found = []
+    for layer in layers_of(model, images[:1]):
+        name = table.layers.get(layer.name)
+        if name is None or not name.startswith(layer.kind.name.rpartition("[")[0]):
+            raise PassRequirementError(
+                f'prune.latency_table: {path} was measured with another model, it has no layer like "{layer.name}" '
+                f"({layer.kind.name}); measure one with this model: deploycnn latency-table"
+            )
+        found.append(Layer(name=layer.name, kind=layer.kind, key=name))
+    return found

@@ -1,0 +1,280 @@
+"""Measure a latency table: whole models at random widths, the runtime's times of their layers, and races."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor, nn
+
+from deploycnn import environment
+from deploycnn.core import Stopwatch
+from deploycnn.errors import PassRequirementError
+from deploycnn.graph.export import export_onnx
+from deploycnn.graph.model import save_onnx
+from deploycnn.latency import cache, steps
+from deploycnn.latency.instances import check, narrowed
+from deploycnn.latency.layers import Layer, layer_sums, layers_of, with_tails
+from deploycnn.latency.model import LatencyTable, Sample
+from deploycnn.latency.quantized import quantized
+from deploycnn.pruning.layers import is_depthwise, width
+from deploycnn.pruning.surgery import Removals
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+#: Random configurations that are profiled and raced.
+CONFIGS = 32
+#: Times that each configuration is profiled, far apart: a neighbour disturbs one of them only.
+REPEATS = 2
+#: What a profile may add to the time of each node: that is taken with which the table predicts best.
+OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014)
+#: Of a node's profiled time, what is left at least when the overhead is taken off.
+_LEAST_SHARE = 0.1
+#: Part of the names in the cache: another way to measure is another table.
+_VERSION = 1
+#: Operator set of the graphs that are timed: that of the pass `export`.
+_OPSET = 18
+
+
+@dataclass(slots=True, kw_only=True)
+class Bench:
+    """A model on its target: timed dense, at other widths, and as finally pruned.
+
+    Attributes:
+        model: The dense model, in evaluation mode.
+        images: Example input (N, C, H, W).
+        stopwatch: Of the target.
+        precision: "fp32" or "int8": of what will be deployed.
+        batch_size: Images per run.
+        threads: Of the runtime.
+        target: Name of the target, for the rules of INT8.
+        budget_s: Seconds of timing for each model of a race.
+        tell: Told what is being done: (done, total, message).
+    """
+
+    model: nn.Module
+    images: Tensor
+    stopwatch: Stopwatch
+    precision: str
+    batch_size: int
+    threads: int
+    target: str
+    budget_s: float = 0.6
+    tell: Callable[[float, float, str], None] = lambda _done, _total, _message: None
+    _dense: ModelProto | None = field(default=None, init=False)
+    _layers: list[Layer] | None = field(default=None, init=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width_ = self.images.shape[1:]
+        return channels, height, width_
+
+    def export(self, model: nn.Module) -> ModelProto:
+        """A model as it would be deployed: exported, and quantized where that is what is timed."""
+        graph = export_onnx(model, self.shape, opset=_OPSET)
+        return graph if self.precision == "fp32" else quantized(graph, self.shape, self.target, self.threads)
+
+    def dense(self) -> ModelProto:
+        """The dense model's graph."""
+        if self._dense is None:
+            self.tell(0, 1, "exporting the dense model")
+            self._dense = self.export(self.model)
+        return self._dense
+
+    def at(self, cuts: Removals) -> ModelProto:
+        """The dense model's graph without some channels.
+
+        Raises:
+            PassRequirementError: its graph names widths between the layers.
+        """
+        widths = {place: width(self.model.get_submodule(place[0]), place[1]) for place in cuts}
+        graph = narrowed(self.dense(), cuts, widths)  # type: ignore[arg-type] # a side is a string
+        check(graph)
+        return graph
+
+    def layers(self) -> list[Layer]:
+        """The model's layers; those that share a kind share a table.
+
+        Raises:
+            PassRequirementError: the target tells no times of layers.
+        """
+        if self._layers is None:
+            with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
+                times = self.profile(self.dense(), Path(folder) / "dense.onnx")
+            operators = {node.name: node.op_type for node in self.dense().graph.node}
+            self._layers = with_tails(layers_of(self.model, self.images[:1]), times, operators)
+        return self._layers
+
+    def profile(self, graph: ModelProto, path: Path) -> Mapping[str, float]:
+        """Milliseconds by node."""
+        save_onnx(graph, path)
+        times = self.stopwatch.layer_ms(path, batch_size=self.batch_size, threads=self.threads)
+        if not times:
+            raise PassRequirementError(
+                f"latency: {self.stopwatch.runtime} tells no times of single layers; measure a table where it does"
+            )
+        return times
+
+    def ratio(self, pruned: nn.Module) -> tuple[float, float, float]:
+        """Race a pruned model with the dense one.
+
+        Returns:
+            Latency of the pruned model / of the dense one, and both in milliseconds, dense first.
+        """
+        with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
+            paths = {"dense": Path(folder) / "dense.onnx", "pruned": Path(folder) / "pruned.onnx"}
+            save_onnx(self.dense(), paths["dense"])
+            save_onnx(self.export(pruned), paths["pruned"])
+            speeds = self.stopwatch.race(
+                paths, batch_size=self.batch_size, threads=self.threads, budget_s=5 * self.budget_s
+            )
+        kept = 1 / speeds["pruned"].ratio
+        return kept, speeds["dense"].median_ms, kept * speeds["dense"].median_ms
+
+    def step(self) -> int:
+        """Widths may be rounded up to multiples of this at no cost; cached for the machine."""
+        identity = self._identity({"steps": sorted({layer.key for layer in self.layers()})})
+        stored = cache.read_step(identity)
+        if stored is None:
+            self.tell(0, 1, "finding the steps of the hardware")
+            stored = steps.find(
+                [layer.kind for layer in self.layers()],
+                self.stopwatch,
+                batch_size=self.batch_size,
+                threads=self.threads,
+                prepare=lambda graph, shape: (
+                    graph if self.precision == "fp32" else quantized(graph, shape, self.target, self.threads)
+                ),
+            )
+            cache.write_step(identity, stored)
+        return stored
+
+    def table(self, draw: Callable[[np.random.Generator], Removals], *, seed: int = 0) -> LatencyTable:
+        """The table of the model's layers, measured or from the cache.
+
+        Args:
+            draw: Makes a random width configuration.
+            seed: Of the configurations.
+        """
+        kinds = [f"{layer.name}: {layer.key}" for layer in self.layers()]
+        identity = self._identity({"kinds": kinds, "configs": CONFIGS})
+        stored = cache.read_table(identity)
+        if stored is None:
+            stored = self.measure(draw, seed=seed)
+            cache.write_table(identity, stored)
+        return stored
+
+    def measure(
+        self,
+        draw: Callable[[np.random.Generator], Removals],
+        *,
+        seed: int = 0,
+        configs: int = CONFIGS,
+    ) -> LatencyTable:
+        """Profile and race the dense model and ``configs`` random configurations of it.
+
+        A machine changes its speed from second to second, so the profiles of two configurations are no measure of each
+        other; a race interleaves, so its latencies are. Each profile tells the shares, the race the whole.
+        """
+        generator = np.random.default_rng(seed)
+        cuts: list[Removals] = [{}, *(draw(generator) for _ in range(configs))]
+        with tempfile.TemporaryDirectory(prefix="deploycnn-") as name:
+            folder = Path(name)
+            profiles = self.profiles([self.at(cut) for cut in cuts], folder)
+            self.tell(0, 1, f"racing {len(cuts)} width configurations")
+            whole = self.race({str(config): folder / f"{config}.onnx" for config in range(len(cuts))})
+        tables = [self._assembled(cuts, profiles, whole, overhead) for overhead in OVERHEADS_MS]
+        return min(tables, key=lambda table: table.error.median if table.error else np.inf)
+
+    def _assembled(
+        self,
+        cuts: Sequence[Removals],
+        profiles: Sequence[Mapping[str, float]],
+        whole: Mapping[str, float],
+        overhead_ms: float,
+    ) -> LatencyTable:
+        """The table, were ``overhead_ms`` what a profile adds to each node."""
+        samples: list[Sample] = []
+        for config, (cut, times) in enumerate(zip(cuts, profiles, strict=True)):
+            net = {node: max(ms - overhead_ms, _LEAST_SHARE * ms) for node, ms in times.items()}
+            scale = whole[str(config)] / sum(net.values())
+            scaled = {node: scale * ms for node, ms in net.items()}
+            samples += samples_of(self.layers(), self.model, cut, scaled, config)
+        return LatencyTable(
+            environment=environment.detect().to_json(),
+            runtime=self.stopwatch.runtime,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            step=self.step(),
+            layers={layer.name: layer.key for layer in self.layers()},
+            overhead_ms=overhead_ms,
+            samples=tuple(samples),
+        ).judged()
+
+    def profiles(self, graphs: Sequence[ModelProto], folder: Path) -> list[dict[str, float]]:
+        """Milliseconds by node of each graph, the median of several profiles; files ``0.onnx``, ``1.onnx``, ..."""
+        seen: list[list[Mapping[str, float]]] = [[] for _ in graphs]
+        for repeat in range(REPEATS):
+            for config, graph in enumerate(graphs):
+                self.tell(
+                    repeat * len(graphs) + config, REPEATS * len(graphs), "timing layers at other widths"
+                )
+                seen[config].append(self.profile(graph, folder / f"{config}.onnx"))
+        return [
+            {node: float(np.median([run[node] for run in runs if node in run])) for node in runs[0]}
+            for runs in seen
+        ]
+
+    def race(self, paths: Mapping[str, Path]) -> dict[str, float]:
+        """Milliseconds of whole models, timed side by side."""
+        speeds = self.stopwatch.race(
+            paths, batch_size=self.batch_size, threads=self.threads, budget_s=self.budget_s
+        )
+        first = next(iter(speeds.values())).median_ms
+        return {name: first / speed.ratio for name, speed in speeds.items()}
+
+    def _identity(self, what: object) -> dict[str, object]:
+        return {
+            "version": _VERSION,
+            "environment": environment.detect().fingerprint,
+            "runtime": self.stopwatch.runtime,
+            "target": self.target if self.precision != "fp32" else "",
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+            "what": what,
+        }
+
+
+def samples_of(
+    layers: Sequence[Layer], model: nn.Module, cuts: Removals, times: Mapping[str, float], config: int
+) -> list[Sample]:
+    """What a profile of one configuration tells of each layer."""
+    sums = layer_sums([layer.name for layer in layers], times)
+    found = []
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        sides: dict[str, int] = {}
+        for side in ("in", "out"):
+            removed = cuts.get(
+                (layer.name, side), cuts.get((layer.name, "out"), ()) if is_depthwise(module) else ()
+            )
+            sides[side] = width(module, side) - len(removed)
+        if sums[layer.name] > 0:
+            found.append(
+                Sample(
+                    kind=layer.key,
+                    width_in=sides["in"],
+                    width_out=sides["out"],
+                    ms=sums[layer.name],
+                    config=config,
+                )
+            )
+    return found

@@ -1,0 +1,136 @@
+"""From ladders and a cost of layers to the solver's problem: widths are sums of what ladders leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from deploycnn.pruning.allocation import Ladder
+from deploycnn.pruning.groups import ChannelGroup
+from deploycnn.pruning.layers import MIXING, is_depthwise, width
+from deploycnn.pruning.solver import Factor, Problem
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+#: Cells of one factor's table; a layer behind more ladders than fit (long concatenations) is taken apart.
+_CELLS = 1_000_000
+
+#: (layer, channels in, channels out) -> cost, for arrays of widths.
+Cost = Callable[[str, FloatArray, FloatArray], FloatArray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Width:
+    """Channels of a side of a layer: ``full`` minus what each ladder takes at its steps."""
+
+    full: int
+    taken: Mapping[int, IntArray]
+
+
+def widths_by_ladder(
+    model: nn.Module, groups: Sequence[ChannelGroup], found: Sequence[Ladder]
+) -> dict[tuple[str, str], Width]:
+    """What every side of a layer loses at the steps of each ladder."""
+    taken: dict[tuple[str, str], dict[int, IntArray]] = {}
+    for index, ladder in enumerate(found):
+        group = groups[ladder.group]
+        # The position of a channel in the order of removal; one that is not of this ladder is never removed.
+        position = np.full(group.width, ladder.atoms.shape[0])
+        position[ladder.atoms] = np.arange(ladder.atoms.shape[0])[:, None]
+        for member in group.members:
+            hit = np.sort(position[member.roots])
+            lost = np.searchsorted(hit, np.asarray(ladder.steps), side="left").astype(np.int64)
+            if lost.any():
+                place = taken.setdefault((member.layer, member.side), {})
+                place[index] = place[index] + lost if index in place else lost
+    found_widths = {
+        place: Width(full=width(model.get_submodule(place[0]), place[1]), taken=lost)  # type: ignore[arg-type] # a side
+        for place, lost in taken.items()
+    }
+    for layer, side in list(found_widths):
+        if is_depthwise(model.get_submodule(layer)):
+            found_widths[layer, "in"] = found_widths[layer, side]
+    return found_widths
+
+
+def problem(
+    model: nn.Module,
+    layers: Sequence[str],
+    groups: Sequence[ChannelGroup],
+    found: Sequence[Ladder],
+    losses: Sequence[FloatArray],
+    cost: Cost,
+    *,
+    fixed: float = 0.0,
+) -> Problem:
+    """The solver's problem.
+
+    Args:
+        model: Dense.
+        layers: Names of the layers that cost something.
+        groups: Prunable groups.
+        found: Ladders; each is a variable whose levels are its steps.
+        losses: Of each ladder, by step.
+        cost: Of layers.
+        fixed: Cost that widths do not change.
+    """
+    places = widths_by_ladder(model, groups, found)
+    factors = []
+    for layer in layers:
+        module = model.get_submodule(layer)
+        sides = [
+            places.get((layer, side), Width(full=width(module, side), taken={}))  # type: ignore[arg-type] # a side
+            for side in (("in", "out") if isinstance(module, MIXING) else ("out", "out"))
+        ]
+        variables = tuple(sorted({index for side in sides for index in side.taken}))
+        if not variables:
+            fixed += float(cost(layer, *(np.array(float(side.full)) for side in sides)))
+            continue
+        cells = float(np.prod([float(len(found[index].steps)) for index in variables]))
+        if cells <= _CELLS:
+            grids = [_grid(side, variables, found) for side in sides]
+            shape = np.broadcast_shapes(*(grid.shape for grid in grids))
+            values = cost(layer, *(np.broadcast_to(grid, shape) for grid in grids))
+            factors.append(Factor(variables=variables, cost=values))
+        else:
+            factors += _apart(layer, sides, variables, found, cost)
+    return Problem(losses=tuple(losses), factors=_merged(factors), fixed=fixed)
+
+
+def _grid(side: Width, variables: Sequence[int], found: Sequence[Ladder]) -> FloatArray:
+    """Channels for all combinations of steps, an axis per variable."""
+    total = np.full((1,) * len(variables), float(side.full))
+    for axis, index in enumerate(variables):
+        if index in side.taken:
+            shape = [1] * len(variables)
+            shape[axis] = len(found[index].steps)
+            total = total - side.taken[index].reshape(shape)
+    return np.maximum(total, 1.0)
+
+
+def _apart(
+    layer: str, sides: Sequence[Width], variables: Sequence[int], found: Sequence[Ladder], cost: Cost
+) -> list[Factor]:
+    """A cost over too many ladders as what each saves alone; the measurement afterwards corrects the sum."""
+    dense = float(cost(layer, *(np.array(float(side.full)) for side in sides)))
+    factors = []
+    for number, index in enumerate(variables):
+        alone = [_grid(side, (index,), found) for side in sides]
+        shape = np.broadcast_shapes(*(grid.shape for grid in alone))
+        saved = cost(layer, *(np.broadcast_to(grid, shape) for grid in alone)) - dense
+        factors.append(Factor(variables=(index,), cost=saved + (dense if number == 0 else 0.0)))
+    return factors
+
+
+def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+    """Factors over the same variables become one."""
+    merged: dict[tuple[int, ...], FloatArray] = {}
+    for factor in factors:
+        before = merged.get(factor.variables)
+        merged[factor.variables] = factor.cost if before is None else before + factor.cost
+    return tuple(Factor(variables=variables, cost=cost) for variables, cost in merged.items())

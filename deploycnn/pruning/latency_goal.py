@@ -1,0 +1,213 @@
+"""Prune to a share of the dense model's latency on a target: predict, solve, measure, correct."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from deploycnn.core import Json, Table
+from deploycnn.errors import PassRequirementError
+from deploycnn.latency.layers import Layer
+from deploycnn.latency.model import LatencyTable
+from deploycnn.pruning.allocation import Ladder, chosen, losses_of, pinned
+from deploycnn.pruning.budget import problem, widths_by_ladder
+from deploycnn.pruning.groups import ChannelGroup
+from deploycnn.pruning.layers import width
+from deploycnn.pruning.solver import Problem, Solution, cheapest, solve
+from deploycnn.pruning.surgery import Removals, removals, remove
+
+if TYPE_CHECKING:
+    from deploycnn.latency.measure import Bench
+
+#: The goal counts as met when the measured share differs by no more than this share of it.
+WITHIN = 0.02
+#: Times that the result is measured and the model corrected.
+ROUNDS = 5
+
+
+@dataclass(slots=True, kw_only=True)
+class LatencyGoal:
+    """A share of the dense latency to keep, and what knows latencies.
+
+    Attributes:
+        ratio: Of the dense latency, in (0, 1).
+        layers: Of the model, with their kinds.
+        bench: Measures on the target; ``None`` where only a table is there.
+        table: Measured elsewhere, or ``None``: the bench measures one.
+        seed: Of random width configurations.
+        tell: Told what is being done.
+    """
+
+    ratio: float
+    layers: Sequence[Layer]
+    bench: Bench | None
+    table: LatencyTable | None = None
+    seed: int = 0
+    tell: Callable[[float, float, str], None] = lambda _done, _total, _message: None
+    record: dict[str, Json] = field(default_factory=dict)
+
+    def step(self) -> int:
+        """The hardware's step."""
+        if self.table is not None:
+            return self.table.step
+        assert self.bench is not None  # noqa: S101 - one of the two is there
+        return self.bench.step()
+
+    def choose(self, model: nn.Module, groups: Sequence[ChannelGroup], found: Sequence[Ladder]) -> list[int]:
+        """The step of each ladder.
+
+        Raises:
+            PassRequirementError: the goal is out of reach; says what the fastest is.
+        """
+        table = self.table
+        if table is None:
+            assert self.bench is not None  # noqa: S101 - as above
+            table = self.bench.table(lambda generator: draw(groups, found, generator), seed=self.seed)
+        dense_ms = posed_problem(model, self.layers, groups, found, table).cost([0] * len(found))
+        found = pinned(found)
+        posed = posed_problem(model, self.layers, groups, found, table)
+        scale, tried, best = 1.0, [], None
+        for attempt in range(ROUNDS):
+            solution = self._solve(posed, dense_ms, scale)
+            steps = [ladder.steps[level] for ladder, level in zip(found, solution.levels, strict=True)]
+            predicted = solution.cost / dense_ms
+            entry: dict[str, Json] = {
+                "predicted_ratio": predicted,
+                "predicted_ms": solution.cost,
+                "loss": solution.loss,
+                "bound": solution.bound,
+            }
+            tried.append(entry)
+            if self.bench is None:
+                best = (0.0, steps, solution, entry)
+                break
+            self.tell(attempt, ROUNDS, "measuring the pruned model on the target")
+            pruned = copy.deepcopy(model)
+            remove(pruned, removals(chosen(groups, found, steps)))
+            ratio, before_ms, after_ms = self.bench.ratio(pruned)
+            entry |= {"measured_ratio": ratio, "dense_ms": before_ms, "measured_ms": after_ms}
+            off = abs(ratio / self.ratio - 1)
+            if best is None or off < best[0]:
+                best = (off, steps, solution, entry)
+            if off <= WITHIN:
+                break
+            scale = ratio / predicted
+        assert best is not None  # noqa: S101 - ROUNDS is above 0
+        _, steps, solution, entry = best
+        self.record = {
+            "asked_ratio": self.ratio,
+            "runtime": table.runtime,
+            "precision": table.precision,
+            "batch_size": table.batch_size,
+            "threads": table.threads,
+            "step": table.step,
+            **entry,
+            "tried": tried,
+            "table": {
+                "error": _errors(table.error),
+                "environment": table.environment,
+            },
+            "layers": layer_rows(model, self.layers, groups, found, solution, table),
+        }
+        return steps
+
+    def _solve(self, posed: Problem, dense_ms: float, scale: float) -> Solution:
+        solution = solve(posed, self.ratio * dense_ms / scale)
+        if solution is None:
+            least = posed.cost(cheapest(posed)) * scale / dense_ms
+            fixed = max(0.0, posed.fixed) * scale / dense_ms
+            raise PassRequirementError(
+                f"prune.latency_ratio: {self.ratio:g} is out of reach, the fastest reachable is {least:.3f} of the "
+                f"dense latency ({fixed:.3f} of it is spent where no width changes); raise it or max_ratio, or lower "
+                "round_to"
+            )
+        return solution
+
+    def tables(self) -> list[Json]:
+        """For the report."""
+        return [
+            Table(
+                title="Widths and predicted latency of each layer",
+                columns=(
+                    "layer",
+                    "in before",
+                    "in after",
+                    "out before",
+                    "out after",
+                    "ms before",
+                    "ms after",
+                ),
+                rows=tuple(
+                    (
+                        row["layer"],
+                        *row["in"],
+                        *row["out"],
+                        *(round(ms, 5) for ms in row["ms"]),
+                    )
+                    for row in self.record["layers"]
+                ),
+            ).to_json()
+        ]
+
+
+def posed_problem(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    groups: Sequence[ChannelGroup],
+    found: Sequence[Ladder],
+    table: LatencyTable,
+) -> Problem:
+    """Widths against latency, for the solver."""
+    kinds = {layer.name: layer.key for layer in layers}
+    return problem(
+        model,
+        list(kinds),
+        groups,
+        found,
+        losses_of(found),
+        lambda layer, inputs, outputs: table.cost(kinds[layer], inputs, outputs),
+    )
+
+
+def layer_rows(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    groups: Sequence[ChannelGroup],
+    found: Sequence[Ladder],
+    solution: Solution,
+    table: LatencyTable,
+) -> list[Json]:
+    """Widths and predicted milliseconds of each layer, before and after."""
+    places = widths_by_ladder(model, groups, found)
+    rows = []
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        sides = {}
+        for side in ("in", "out"):
+            full = width(module, side)  # type: ignore[arg-type] # a side
+            place = places.get((layer.name, side))
+            lost = sum(int(by[solution.levels[index]]) for index, by in place.taken.items()) if place else 0
+            sides[side] = [full, full - lost]
+        ms = [
+            float(table.cost(layer.key, float(sides["in"][index]), float(sides["out"][index])))
+            for index in (0, 1)
+        ]
+        rows.append({"layer": layer.name, **sides, "ms": ms})
+    return rows
+
+
+def draw(groups: Sequence[ChannelGroup], found: Sequence[Ladder], generator: np.random.Generator) -> Removals:
+    """A random width configuration: every ladder at a step of its own."""
+    steps = [int(generator.choice(ladder.steps)) for ladder in found]
+    return removals(chosen(groups, found, steps))
+
+
+def _errors(error: object) -> Json:
+    from dataclasses import asdict, is_dataclass
+
+    return asdict(error) if is_dataclass(error) and not isinstance(error, type) else None

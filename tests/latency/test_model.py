@@ -1,0 +1,108 @@
+"""Tables: fits, errors, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploycnn.errors import ArtifactError
+from deploycnn.latency.model import LatencyTable, Sample, fit, load_table
+from deploycnn.latency.steps import step_of
+
+
+def table(noise: float = 0.0) -> LatencyTable:
+    random = np.random.default_rng(0)
+    samples = []
+    for config in range(30):
+        for kind, scale in (("a", 1.0), ("b", 3.0)):
+            w, v = (int(width) for width in random.integers(1, 9, 2) * 8)
+            ms = (
+                scale
+                * (0.01 + 0.001 * w + 0.002 * v + 0.0001 * w * v)
+                * float(1 + noise * random.standard_normal())
+            )
+            samples.append(Sample(kind=kind, width_in=w, width_out=v, ms=ms, config=config))
+    return LatencyTable(
+        environment={"cpu": "test"},
+        runtime="onnxruntime:cpu",
+        precision="fp32",
+        batch_size=1,
+        threads=1,
+        step=8,
+        layers={"conv1": "a", "conv2": "b"},
+        overhead_ms=0.0,
+        samples=tuple(samples),
+    ).judged()
+
+
+def test_a_bilinear_cost_is_found_exactly() -> None:
+    found = table()
+    widths = np.array([8.0, 24.0, 40.0])
+    assert found.cost("a", widths, widths[::-1].copy()) == pytest.approx(
+        0.01 + 0.001 * widths + 0.002 * widths[::-1] + 0.0001 * widths * widths[::-1], rel=1e-3
+    )
+    assert found.error is not None
+    assert found.error.p95 < 1e-3
+
+
+def test_the_stated_error_grows_with_the_noise() -> None:
+    error = table(0.1).error
+    assert error is not None
+    assert 0.01 < error.median < 0.15
+
+
+def test_a_step_that_no_product_describes_is_followed() -> None:
+    widths = np.array([(w, 16) for w in range(8, 65, 8)] * 4, dtype=np.float64)
+    ms = np.where(widths[:, 0] <= 32, 1.0, 2.0)
+    found = fit(widths, ms)
+    assert float(found([16.0], [16.0])[0]) == pytest.approx(1.0, rel=0.1)
+    assert float(found([56.0], [16.0])[0]) == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    before = table(0.05)
+    before.save(tmp_path / "t.json")
+    after = load_table(tmp_path / "t.json")
+    assert after.layers == before.layers
+    assert after.error == before.error
+    assert after.cost("b", [24.0], [32.0]) == pytest.approx(before.cost("b", [24.0], [32.0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not a latency table"),
+        ("[]", "not a latency table"),
+        ('{"schema_version": 99}', "schema version 99"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ArtifactError, match=message):
+        load_table(tmp_path / "t.json")
+
+
+def test_a_table_without_a_key_is_refused(tmp_path: Path) -> None:
+    table().save(tmp_path / "t.json")
+    value = json.loads((tmp_path / "t.json").read_text())
+    del value["tables"]
+    (tmp_path / "t.json").write_text(json.dumps(value))
+    with pytest.raises(ArtifactError, match="tables"):
+        load_table(tmp_path / "t.json")
+
+
+def test_an_unknown_layer_is_named() -> None:
+    with pytest.raises(ArtifactError, match='no layer "c"'):
+        table().cost("c", [8.0], [8.0])
+
+
+@pytest.mark.parametrize("block", [1, 4, 8, 16])
+def test_the_step_of_a_kernel_with_blocks_is_its_block(block: int) -> None:
+    assert step_of({width: float(-(-width // block) * block) for width in range(8, 41)}) == block
+
+
+def test_a_slow_path_off_the_block_does_not_make_the_step_larger() -> None:
+    assert step_of({width: width * (1.0 if width % 8 == 0 else 1.8) for width in range(8, 41)}) == 8
