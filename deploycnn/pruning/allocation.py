@@ -36,6 +36,7 @@ class Ladder:
         importance: Of each atom, divided by the unit's mean, shape (A,).
         steps: Numbers of atoms to remove, ascending from 0.
         ratio: Share to remove that the recipe names for its group; ``None`` where it names none.
+        layers: Layers that make these channels: what all blocks of a residual stage add to counts for each of them.
     """
 
     group: int
@@ -43,6 +44,7 @@ class Ladder:
     importance: npt.NDArray[np.float64]
     steps: tuple[int, ...]
     ratio: float | None
+    layers: int = 1
 
     def nearest(self, ratio: float) -> int:
         """The step nearest to a share of channels; of two equally near ones that which removes fewer."""
@@ -86,6 +88,7 @@ def ladders(
                     importance=importance[order] / mean if mean > 0 else np.ones(len(order)),
                     steps=_steps(unit, round_to, max_ratio),
                     ratio=ratios[index],
+                    layers=len(group.producers),
                 )
             )
     return found
@@ -111,12 +114,12 @@ def pinned(found: Sequence[Ladder]) -> list[Ladder]:
 def losses_of(found: Sequence[Ladder]) -> list[npt.NDArray[np.float64]]:
     """What each ladder loses at each of its steps, comparable across ladders.
 
-    The share of its importance that a unit gives up, weighted by its number of channels: the mean-normalized scores
-    that the scope "global" ranks by, added up.
+    The share of its importance that a unit gives up, for each channel and each layer that makes it: the mean-normalized
+    scores that the scope "global" ranks by, added up. A channel of a residual stream is made by every block.
     """
     losses = []
     for ladder in found:
-        sums = np.concatenate([[0.0], np.cumsum(ladder.importance)]) * ladder.atoms.shape[1]
+        sums = np.concatenate([[0.0], np.cumsum(ladder.importance)]) * ladder.atoms.shape[1] * ladder.layers
         losses.append(sums[list(ladder.steps)])
     return losses
 

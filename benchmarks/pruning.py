@@ -1,0 +1,210 @@
+"""Pruning for latency: how well latency is predicted, how good the solver is, how fast the result.
+
+    python benchmarks/pruning.py model-error --net resnet56 --precision int8     50 random width configurations
+    python benchmarks/pruning.py solver      --net resnet56                       gap and seconds
+    python benchmarks/pruning.py speed       --work runs/r56 --weights W --data D ResNet-56 to half its latency
+
+``model-error`` measures a table, then races other random configurations as whole models and compares. ``speed`` runs a
+recipe (prune, export, int8) and races what it made with the dense FP32 graph, interleaved, at batch 1 and 64 and 1 and
+2 threads, in onnxruntime and OpenVINO. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import deploycnn
+from deploycnn.graph.model import save_onnx
+from deploycnn.latency.measure import Bench
+from deploycnn.latency.model import LatencyTable
+from deploycnn.latency_tables import load
+from deploycnn.profiling.stopwatch import RuntimeStopwatch
+from deploycnn.pruning import importance
+from deploycnn.pruning.allocation import Ladder, ladders
+from deploycnn.pruning.groups import ChannelGroup
+from deploycnn.pruning.latency_goal import draw, posed_problem
+from deploycnn.pruning.solver import solve
+from deploycnn.pruning.structure import analyse, shrunk
+
+#: Short names of the nets that the bars name.
+NETS = {
+    "resnet56": "zoo:resnet56",
+    "resnet50": "torchvision:resnet50",
+    "mobilenet_v2": "torchvision:mobilenet_v2",
+}
+
+
+def prepared(
+    arguments: argparse.Namespace,
+) -> tuple[Bench, tuple[ChannelGroup, ...], list[Ladder], LatencyTable]:
+    net, shape = load(NETS.get(arguments.net, arguments.net))
+    net.eval()
+    images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
+    bench = Bench(
+        model=net,
+        images=images,
+        stopwatch=RuntimeStopwatch(runtime="onnxruntime:cpu", image_shape=shape),
+        precision=arguments.precision,
+        batch_size=arguments.batch,
+        threads=arguments.threads,
+        target="onnxruntime-cpu",
+        budget_s=arguments.budget_s,
+    )
+    groups = analyse(net, shrunk(net, images)).groups
+    scores = importance.magnitude(net, groups, power=2)
+    found = ladders(groups, scores, round_to=bench.step(), max_ratio=0.9, ratios=[None] * len(groups))
+    return bench, groups, found, bench.table(lambda generator: draw(groups, found, generator))
+
+
+def model_error(arguments: argparse.Namespace) -> dict[str, Any]:
+    bench, groups, found, table = prepared(arguments)
+    kinds = {layer.name: layer.key for layer in bench.layers()}
+    generator = np.random.default_rng(10_000)
+    predicted, names = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(arguments.configs):
+            cuts = draw(groups, found, generator)
+            names[str(index)] = Path(folder) / f"{index}.onnx"
+            save_onnx(bench.at(cuts), names[str(index)])
+            predicted[str(index)] = sum(
+                float(table.cost(kinds[name], [sizes[0]], [sizes[1]])[0])
+                for name, sizes in widths_after(bench, cuts).items()
+            )
+        dense = Path(folder) / "dense.onnx"
+        save_onnx(bench.dense(), dense)
+        measured = bench.race({"dense": dense, **names})
+    dense_ms = sum(
+        float(table.cost(kinds[name], [sizes[0]], [sizes[1]])[0])
+        for name, sizes in widths_after(bench, {}).items()
+    )
+    # Shares of the dense latency are what a goal is about; the table's milliseconds are of another minute.
+    errors = [abs(predicted[name] / dense_ms / (measured[name] / measured["dense"]) - 1) for name in names]
+    return {
+        "net": arguments.net,
+        "precision": arguments.precision,
+        "step": table.step,
+        "configs": len(errors),
+        "median": float(np.median(errors)),
+        "p95": float(np.percentile(errors, 95)),
+        "stated": table.to_json()["error"],
+    }
+
+
+def widths_after(bench: Bench, cuts: Any) -> dict[str, tuple[int, int]]:
+    from deploycnn.pruning.layers import is_depthwise, width
+
+    found = {}
+    for layer in bench.layers():
+        module = bench.model.get_submodule(layer.name)
+        outer = cuts.get((layer.name, "out"), ())
+        inner = outer if is_depthwise(module) else cuts.get((layer.name, "in"), ())
+        found[layer.name] = (width(module, "in") - len(inner), width(module, "out") - len(outer))
+    return found
+
+
+def solver(arguments: argparse.Namespace) -> dict[str, Any]:
+    bench, groups, found, table = prepared(arguments)
+    posed = posed_problem(bench.model, bench.layers(), groups, found, table)
+    dense = posed.cost([0] * len(found))
+    total = sum(float(loss[-1]) for loss in posed.losses)
+    rows = []
+    for ratio in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        start = time.perf_counter()
+        solution = solve(posed, ratio * dense)
+        seconds = time.perf_counter() - start
+        if solution is None:
+            rows.append({"ratio": ratio, "seconds": seconds, "gap": None})
+            continue
+        rows.append(
+            {
+                "ratio": ratio,
+                "seconds": seconds,
+                "cost": solution.cost / dense,
+                "gap": (solution.loss - solution.bound) / (total - solution.bound),
+            }
+        )
+    return {"net": arguments.net, "ladders": len(found), "rows": rows}
+
+
+def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    recipe = {
+        "name": "resnet56-latency",
+        "source": {"zoo": "resnet56", "weights": str(arguments.weights)},
+        "data": {"imagefolder": {"root": str(arguments.data), "val": "last"}},
+        "preprocessing": {
+            "size": 32,
+            "resize": "squash",
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+        },
+        "target": "onnxruntime-cpu",
+        "variants": {
+            "fp32": ["export"],
+            "pruned": [{"prune": {"latency_ratio": arguments.ratio, "importance": "taylor"}}, "export"],
+            "pruned_int8": [
+                {
+                    "prune": {
+                        "latency_ratio": arguments.ratio,
+                        "importance": "taylor",
+                        "latency_precision": arguments.precision,
+                    }
+                },
+                "export",
+                "int8",
+            ],
+        },
+        "profile": {"batch_sizes": [1], "threads": [1], "memory": False},
+    }
+    deploycnn.export(recipe, out=arguments.work)
+    paths = {
+        name: arguments.work / "variants" / name / "model.onnx" for name in ("fp32", "pruned", "pruned_int8")
+    }
+    result: dict[str, Any] = {}
+    for batch in (1, 64):
+        for threads in (1, 2):
+            for runtime in ("onnxruntime:cpu", "openvino:f32"):
+                watch = RuntimeStopwatch(runtime=runtime)
+                speeds = watch.race(paths, batch_size=batch, threads=threads, budget_s=arguments.budget_s)
+                for name, found in speeds.items():
+                    key = f"{runtime} b{batch} t{threads} {name}"
+                    result[key] = {
+                        "ms": found.median_ms,
+                        "ratio": found.ratio,
+                        "low": found.low,
+                        "high": found.high,
+                    }
+                    print(
+                        f"{key:40} {found.median_ms:9.3f} ms  {found.ratio:.2f} ({found.low:.2f}-{found.high:.2f})"
+                    )
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["model-error", "solver", "speed"])
+    parser.add_argument("--net", default="resnet56", help="resnet56, resnet50, mobilenet_v2 or source:name")
+    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32")
+    parser.add_argument("--configs", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget-s", type=float, default=0.6, help="seconds of timing for each model")
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of the dense latency, for speed")
+    parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    commands = {"model-error": model_error, "solver": solver, "speed": speed}
+    print(json.dumps(commands[arguments.command](arguments), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

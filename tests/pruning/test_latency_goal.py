@@ -1,0 +1,133 @@
+"""Goals of latency on a target whose times are known exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from deploycnn import environment
+from deploycnn.core import Context, Speed
+from deploycnn.errors import PassRequirementError, RuntimeUnavailable
+from deploycnn.latency.goal import latency_goal
+from deploycnn.models.cifar_resnet import CifarResNet
+from deploycnn.models.onnx_macs import known_shapes, node_macs, with_shapes
+from deploycnn.pruning import importance
+from deploycnn.pruning.latency_goal import LatencyGoal
+from deploycnn.pruning.pruner import Goal, prune
+
+
+class Exact:
+    """A target: 1 us a node, and 1 ms for a million multiply-accumulates; whole models take ``more`` times that."""
+
+    runtime = "onnxruntime:cpu"
+    settings = ((1, 1),)
+
+    def __init__(self, more: float = 1.0) -> None:
+        self.more = more
+        self.races = 0
+
+    def layer_ms(self, model: Path, *, batch_size: int, threads: int) -> dict[str, float]:
+        graph = with_shapes(onnx.load(model))
+        shapes = known_shapes(graph)
+        return {node.name: 0.001 + (node_macs(node, shapes) or 0) / 1e6 for node in graph.graph.node}
+
+    def race(
+        self,
+        models: Mapping[str, Path],
+        *,
+        batch_size: int,
+        threads: int,
+        budget_s: float,
+    ) -> dict[str, Speed]:
+        self.races += 1
+        times = {}
+        for index, (name, path) in enumerate(models.items()):
+            total = sum(self.layer_ms(path, batch_size=1, threads=1).values())
+            times[name] = total * (self.more if index and "pruned" in models else 1.0)
+        first = next(iter(times.values()))
+        return {
+            name: Speed(median_ms=ms, ratio=first / ms, low=first / ms, high=first / ms)
+            for name, ms in times.items()
+        }
+
+
+def goal(ratio: float, stopwatch: Exact | None, tmp_path: Path, table: Path | None = None) -> LatencyGoal:
+    torch.manual_seed(0)
+    model = CifarResNet(8).eval()
+    ctx = Context(output=tmp_path, scratch=tmp_path, stopwatch=stopwatch)
+    images = torch.randn(2, 3, 32, 32)
+    found = latency_goal(model, images, ratio=ratio, precision="fp32", table=table, ctx=ctx)
+    found.record["model"] = model
+    return found
+
+
+def pruned(found: LatencyGoal, round_to: int = 2) -> dict[str, object]:
+    model = found.record["model"]
+    return prune(
+        model,
+        torch.randn(2, 3, 32, 32),
+        lambda model, groups: importance.magnitude(model, groups, power=2),
+        Goal(latency=found, round_to=round_to),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("deploycnn.latency.measure.CONFIGS", 16)
+
+
+def test_the_goal_is_reached_also_where_the_prediction_is_off(tmp_path: Path) -> None:
+    stopwatch = Exact(more=1.15)
+    record = pruned(goal(0.5, stopwatch, tmp_path))["latency"]
+    assert isinstance(record, dict)
+    assert record["measured_ratio"] == pytest.approx(0.5, rel=0.02)
+    assert len(record["tried"]) > 1
+    assert record["measured_ratio"] / record["predicted_ratio"] == pytest.approx(1.15, rel=0.05)
+    layers = {row["layer"]: row for row in record["layers"]}
+    assert sum(row["ms"][1] for row in layers.values()) < sum(row["ms"][0] for row in layers.values())
+
+
+def test_what_is_out_of_reach_is_refused_with_the_fastest(tmp_path: Path) -> None:
+    with pytest.raises(
+        PassRequirementError, match=r"latency_ratio: 0.001 is out of reach, the fastest reachable is"
+    ):
+        pruned(goal(0.001, Exact(), tmp_path))
+
+
+def test_a_target_that_this_host_lacks_needs_a_table(tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeUnavailable, match="onnxruntime-cpu cannot be timed on this host.*latency_table"
+    ):
+        goal(0.5, None, tmp_path)
+
+
+def test_a_table_from_another_machine_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned(goal(0.5, Exact(), tmp_path))
+    stored = max((tmp_path / "cache/deploycnn/latency").iterdir(), key=lambda path: path.stat().st_size)
+    here = environment.detect()
+    monkeypatch.setattr(
+        environment, "detect", lambda: environment.Environment.from_json({**here.to_json(), "cpu": "another"})
+    )
+    stopwatch = Exact()
+    found = goal(0.5, stopwatch, tmp_path, stored)
+    record = pruned(found)["latency"]
+    assert isinstance(record, dict)
+    assert stopwatch.races == 0
+    assert record["predicted_ratio"] == pytest.approx(0.5, rel=0.02)
+    assert "measured_ratio" not in record
+    with pytest.raises(
+        PassRequirementError, match="latency_table.*is of fp32, latency_precision asks for int8"
+    ):
+        latency_goal(
+            CifarResNet(8).eval(),
+            torch.randn(2, 3, 32, 32),
+            ratio=0.5,
+            precision="int8",
+            table=stored,
+            ctx=Context(output=tmp_path, scratch=tmp_path),
+        )
