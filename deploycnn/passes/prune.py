@@ -122,6 +122,8 @@ class Prune(Pass):
             raise RecipeError(
                 f"prune: steps is {self.steps} and tune is {'set' if self.tune else 'not set'}; set both or none"
             )
+        if self.steps > 1 and given[0] in {"params_ratio", "latency_ratio"}:
+            raise RecipeError(f"prune: steps are for pruning_ratio and macs_ratio, not for {given[0]}")
         if self.steps > 1 and self.ratios:
             raise RecipeError(
                 "prune.ratios: do not go with steps; write a prune for each step in the recipe instead"
