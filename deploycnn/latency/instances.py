@@ -50,7 +50,9 @@ class _Graph:
             return self.place(maker, 0)
         return None
 
-    def take(self, node: NodeProto, index: int, keep: Sequence[int], axis: int) -> None:
+    def take(
+        self, node: NodeProto, index: int, keep: Sequence[int] | npt.NDArray[np.int64], axis: int
+    ) -> None:
         """Keep some indices along an axis of a constant, and of the scales of that axis."""
         found = self.place(node, index)
         if found is None:
@@ -151,7 +153,7 @@ def _narrow(
 def _narrow_convolution(
     graph: _Graph, node: NodeProto, side: str, keep: npt.NDArray[np.int64], *, transposed: bool
 ) -> None:
-    groups = int(attribute(node, "group", 1))
+    groups = int(attribute(node, "group", 1))  # type: ignore[call-overload] # an integer attribute
     found = graph.place(node, 1)
     if found is None:
         return

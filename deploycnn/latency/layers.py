@@ -64,7 +64,7 @@ def _kind(layer: nn.Module, inputs: Tensor, output: Tensor) -> Kind:
     return Kind(
         op="transposed" if layer.transposed else "conv",
         kernel=tuple(layer.kernel_size),
-        stride=tuple(layer.stride),  # type: ignore[arg-type] # a convolution's pair of integers
+        stride=tuple(layer.stride),
         groups="depthwise" if is_depthwise(layer) else str(groups_of(layer)),
         inputs=tuple(inputs.shape[2:]),
         outputs=tuple(output.shape[2:]),

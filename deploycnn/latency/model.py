@@ -117,7 +117,7 @@ def fit(widths: FloatArray, ms: FloatArray) -> Fit:
     offset = float(logs.mean())
     means = np.bincount(index.ravel(), weights=logs - offset, minlength=len(points)) / counts
     covariance = _kernel(points, points) + np.diag(_NOISE / counts)
-    return Fit(terms, points, np.linalg.solve(covariance, means), offset)
+    return Fit(terms, points, np.linalg.solve(covariance, means), offset)  # type: ignore[arg-type] # float64
 
 
 def _terms(wide: FloatArray) -> FloatArray:

@@ -84,7 +84,7 @@ def problem(
     for layer in layers:
         module = model.get_submodule(layer)
         sides = [
-            places.get((layer, side), Width(full=width(module, side), taken={}))  # type: ignore[arg-type] # a side
+            places.get((layer, side), Width(full=width(module, side), taken={}))
             for side in (("in", "out") if isinstance(module, MIXING) else ("out", "out"))
         ]
         variables = tuple(sorted({index for side in sides for index in side.taken}))
@@ -110,7 +110,8 @@ def _grid(side: Width, variables: Sequence[int], found: Sequence[Ladder]) -> Flo
             shape = [1] * len(variables)
             shape[axis] = len(found[index].steps)
             total = total - side.taken[index].reshape(shape)
-    return np.maximum(total, 1.0)
+    found_widths: FloatArray = np.maximum(total, 1.0)
+    return found_widths
 
 
 def _apart(

@@ -189,7 +189,7 @@ def layer_rows(
         module = model.get_submodule(layer.name)
         sides = {}
         for side in ("in", "out"):
-            full = width(module, side)  # type: ignore[arg-type] # a side
+            full = width(module, side)
             place = places.get((layer.name, side))
             lost = sum(int(by[solution.levels[index]]) for index, by in place.taken.items()) if place else 0
             sides[side] = [full, full - lost]

@@ -36,7 +36,7 @@ def steps_for_params(
         if not isinstance(module, MIXING):
             per_channel = sum(parameter.numel() for parameter in module.parameters()) / width(module, "out")
             return per_channel * outputs
-        weight = module.weight.numel()  # type: ignore[operator] # these have weights
+        weight = module.weight.numel()
         bias = outputs if module.bias is not None else np.zeros_like(outputs)
         if is_depthwise(module):
             return weight / width(module, "out") * outputs + bias

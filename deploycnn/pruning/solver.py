@@ -159,7 +159,9 @@ def _order(problem: Problem) -> list[int]:
 
 def _best(problem: Problem, weight: float, price: float, order: Sequence[int]) -> tuple[int, ...]:
     """The levels of least ``weight`` x loss + ``price`` x cost, by elimination."""
-    tables = [((index,), weight * loss) for index, loss in enumerate(problem.losses)]
+    tables: list[tuple[tuple[int, ...], FloatArray]] = [
+        ((index,), weight * loss) for index, loss in enumerate(problem.losses)
+    ]
     tables += [(factor.variables, price * factor.cost) for factor in problem.factors]
     choices: list[tuple[int, tuple[int, ...], npt.NDArray[np.intp]]] = []
     for variable in order:
