@@ -85,7 +85,7 @@ def test_layers_without_a_bias_get_one() -> None:
 def test_given_integers_are_corrected_for_instead_of_nearest_ones() -> None:
     model = random_graph(2, ["Relu"])
     plan = place(model, FOUR_BITS)
-    item = plan.weights[0]
+    item = next(item for item in plan.weights if item.number.dtype == "int4")
     real = next(t for t in model.graph.initializer if t.name == item.initializer)
     nearest = quantize_weight(numpy_helper.to_array(real), item)
     other = correct_biases(model, plan, [images(10)], weights={item.initializer: nearest})

@@ -128,10 +128,10 @@ def test_the_table_tells_of_every_layer(model: ModelProto) -> None:
     assert all(5 < level < 70 for level in noise.values())
     rows = layer_table(
         model, kept_float=plan.kept_float, ranges=ranges, sqnr_db=noise, fused={layers[0]: True},
-        macs=layer_macs(model), int8_ms={layers[0]: 0.5}, float_ms={},
+        macs=layer_macs(model), int8_ms={layers[0]: 0.5}, float_ms={}, precisions={layers[0]: "w4a8"},
     )  # fmt: skip
     assert [row.node for row in rows] == list(layers)
-    assert [row.precision for row in rows] == ["int8", "float", "int8"]
+    assert [row.precision for row in rows] == ["w4a8", "float", "int8"]
     assert rows[1].why == "as asked"
     assert (rows[0].fused, rows[0].int8_ms, rows[0].float_ms) == (True, 0.5, None)
     # The stem's ReLU is folded: what leaves is not negative.

@@ -63,15 +63,28 @@ def fake(x: Array, low: float, high: float, dtype: str, symmetric: bool) -> tupl
     return (np.clip(np.round(x / scale) + zero, first, last) - zero) * scale, scale
 
 
+def row_scales(weight: Array, levels: int) -> Array:
+    """The largest weight over the levels; for 4 bits, of 71 shares of that down to 0.3, the one of least error."""
+    widest = (np.abs(weight).max(axis=1) / levels).astype(np.float32)
+    if levels != 7:
+        return widest.astype(np.float64)
+    tried = [(widest * share).astype(np.float32).astype(np.float64) for share in np.linspace(1, 0.3, 71)]
+    errors = [
+        np.square(np.clip(np.round(weight / scale[:, None]), -7, 7) * scale[:, None] - weight).sum(axis=1)
+        for scale in tried
+    ]
+    return np.stack(tried)[np.argmin(errors, axis=0), np.arange(len(weight))]
+
+
 def fake_rows(weight: Array, levels: int) -> Array:
-    scale = (np.abs(weight).max(axis=1) / levels).astype(np.float32).astype(np.float64)[:, None]
+    scale = row_scales(weight, levels)[:, None]
     return np.clip(np.round(weight / scale), -levels, levels) * scale
 
 
 def fake_layer(x: Array, step: float, weight: np.ndarray, bias: np.ndarray, levels: int) -> Array:
     """A 1x1 convolution of rounded weights, with a bias in steps of input scale x weight scale."""
     rows = weight.reshape(len(weight), -1).astype(np.float64)
-    scale = step * (np.abs(rows).max(axis=1) / levels).astype(np.float32).astype(np.float64)
+    scale = step * row_scales(rows, levels)
     return fake_rows(rows, levels) @ x + (np.round(bias / scale) * scale)[:, None]
 
 
@@ -229,9 +242,10 @@ def test_weights_only_files_are_small_and_compute_in_float(dtype, kind: int) -> 
     x = images(2, (3, 8, 8))
     rounded = ModelProto()
     rounded.CopyFrom(made)
-    levels = 7 if dtype == "int4" else 127
     for tensor in rounded.graph.initializer:
         if len(tensor.dims) == 4:
+            # The first and the last layer keep 8 bits.
+            levels = 7 if held[f"{tensor.name}_quantized"].data_type == TensorProto.INT4 else 127
             array = numpy_helper.to_array(tensor)
             rows = fake_rows(array.reshape(len(array), -1).astype(np.float64), levels)
             tensor.CopyFrom(
