@@ -30,7 +30,7 @@ def measure_table(
     """Time a model at random widths on this machine.
 
     Args:
-        model: A torch artifact's folder, a recipe's file (its source), or ``source:name``.
+        model: A torch artifact's folder, or ``source:name``.
         target: Name of the target.
         precision: "fp32" or "int8".
         batch_size: Images per run.
@@ -91,11 +91,18 @@ def load(model: str) -> tuple[nn.Module, tuple[int, int, int]]:
         ArtifactError: a folder is damaged or states no image size.
     """
     from deploycnn.models.artifact import get_architecture, load_model
+    from deploycnn.training.artifact import stored_facts
 
     path = Path(model)
     if path.is_dir():
         net = load_model(path)
-        size = get_architecture(net)["options"].get("input_size") or (32, 32)
+        prepared = stored_facts(path).preprocessing or {}
+        size = prepared.get("size") or get_architecture(net)["options"].get("input_size")
+        if size is None:
+            raise ArtifactError(
+                f"latency-table: {model} states no image size; give the folder of a run's artifact, whose "
+                "manifest.json has its preprocessing"
+            )
         return net, (_channels(net), int(size[0]), int(size[1]))
     source, colon, name = model.partition(":")
     if not colon:
