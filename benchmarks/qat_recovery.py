@@ -17,7 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,8 @@ PREPROCESSING = {
     "size": [32, 32], "resize": "squash", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
 }  # fmt: skip
 RESAMPLES = 2000
+#: Of the teacher's and the student's logits, as the pass has it for kd.
+TEMPERATURE = 4.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, help="train on so many; all by default")
     parser.add_argument("--val-images", type=int, help="pick the epoch on so many; all by default")
     parser.add_argument("--per-channel", action="store_true", help="a milder drop")
+    parser.add_argument("--lr", type=float, help="the pass's own by default")
+    parser.add_argument("--fixed-scales", action="store_true", help="train weights and biases only")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -96,7 +100,7 @@ def main() -> None:
         name: hits(model, data, given.threads) for name, model in (("fp32", full), ("before", quantized))
     }
     print(json.dumps({name: round(float(found.mean()), 4) for name, found in right.items()}), flush=True)
-    settings = Qat(epochs=given.epochs)
+    settings = Qat(epochs=given.epochs, lr=given.lr, learn_scales=not given.fixed_scales)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         tuned = fine_tune(
@@ -105,8 +109,8 @@ def main() -> None:
             training,
             settings,
             loss=Distillation(
-                teacher=float_teacher(full), method="kd", temperature=settings.temperature, alpha=1.0, beta=0.0,
-                label_weight=settings.label_weight,
+                teacher=float_teacher(full), method="kd", temperature=TEMPERATURE, alpha=1.0, beta=0.0,
+                label_weight=0.0,
             ),
             ctx=Context(output=Path(folder), scratch=Path(folder), threads=given.threads, progress=tell),
             learn_scales=settings.learn_scales,
@@ -116,10 +120,11 @@ def main() -> None:
     right["after"] = hits(tuned.model, data, given.threads)
     print(json.dumps({
         "model": given.model.name, "weights": f"int4, per {'channel' if given.per_channel else 'layer'}",
-        "epochs": given.epochs, "train_images": len(training.dataset.train),
+        "epochs": given.epochs, "lr": given.lr, "fixed_scales": given.fixed_scales,
+        "train_images": len(training.dataset.train),
         "val_images": len(training.dataset.val), "test_images": len(right["fp32"]),
         **{f"top1_{name}": float(found.mean()) for name, found in right.items()},
-        **recovered(right), "improved_on_val": tuned.improved, "agreement": tuned.agreement.to_json(),
+        **recovered(right), "improved_on_val": tuned.improved, "agreement": asdict(tuned.agreement),
         "seconds": round(seconds),
     }))  # fmt: skip
 
