@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from deploycnn.latency.model import Kind
-from deploycnn.pruning.layers import CONVOLUTIONS, MIXING, groups_of, is_depthwise, width
+from deploycnn.pruning.layers import CONVOLUTIONS, groups_of, is_depthwise, run_watched, width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +38,7 @@ def layers_of(model: nn.Module, images: Tensor) -> list[Layer]:
     def note(name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         found.setdefault(name, _kind(layer, inputs, output))
 
-    hooks = [
-        layer.register_forward_hook(
-            lambda layer, inputs, output, name=name: note(name, layer, inputs[0], output)
-        )
-        for name, layer in model.named_modules()
-        if isinstance(layer, MIXING)
-    ]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_watched(model, images, note)
     return [Layer(name=name, kind=kind, key=kind.name) for name, kind in found.items()]
 
 

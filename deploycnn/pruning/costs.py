@@ -6,10 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from deploycnn.pruning.layers import MIXING, Side, is_depthwise, width
+from deploycnn.pruning.layers import Side, is_depthwise, run_watched, width
 from deploycnn.pruning.surgery import Removals
 
 
@@ -30,19 +29,7 @@ def macs_by_layer(model: nn.Module, images: Tensor) -> dict[str, int]:
             positions = math.prod((inputs if layer.transposed else output).shape[2:])
         found[name] += positions * layer.weight.numel()  # type: ignore[operator] # MIXING layers have weights
 
-    hooks = [
-        layer.register_forward_hook(
-            lambda layer, inputs, output, name=name: count(name, layer, inputs[0], output)
-        )
-        for name, layer in model.named_modules()
-        if isinstance(layer, MIXING)
-    ]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_watched(model, images, count)
     return dict(found)
 
 

@@ -8,7 +8,7 @@ one side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -72,6 +72,31 @@ def widths(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, layer in model.named_modules()
         if isinstance(layer, MIXING)
     }
+
+
+def run_watched(
+    model: nn.Module, images: Tensor, note: Callable[[str, nn.Module, Tensor, Tensor], None]
+) -> None:
+    """Run ``model`` once and tell ``note`` the name, module, input and output of each convolution and linear layer.
+
+    Args:
+        model: In evaluation mode.
+        images: (N, C, H, W).
+        note: Called in the order in which layers run, each time that they do.
+    """
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, inputs, output, name=name: note(name, layer, inputs[0], output)
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, MIXING)
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def by_channel(layer: nn.Module, side: Side, values: Tensor) -> Tensor:

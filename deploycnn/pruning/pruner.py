@@ -102,15 +102,6 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
     if not any(len(ladder.steps) > 1 for ladder in found):
         raise PassRequirementError(f"prune: no layer can be pruned: {_summary(protected)}")
     losses = _losses(model, images, structure, found, goal, macs)
-    if not losses:
-        if goal.pruning_ratio is None:
-            raise PassRequirementError(
-                "prune: the goal is so near to the dense model that no channel needs to go; lower it or leave prune out"
-            )
-        raise PassRequirementError(
-            f"prune.pruning_ratio: {goal.pruning_ratio:g} is too little for any width to reach the next multiple of "
-            f"round_to = {goal.round_to}; raise it, lower round_to, or set scope: global"
-        )
     cuts = removals(losses)
     _check_surgery(model, trial, cuts, structure)
     remove(model, cuts)
@@ -202,40 +193,62 @@ def _losses(
     goal: Goal,
     macs: int,
 ) -> list[tuple[ChannelGroup, IntArray]]:
-    """The channels that each group loses."""
+    """The channels that each group loses.
 
-    def lost(steps: Sequence[int]) -> list[tuple[ChannelGroup, IntArray]]:
-        return chosen(structure.groups, found, steps)
-
+    Raises:
+        PassRequirementError: the goal cannot be reached, or asks for nothing.
+    """
     if goal.pruning_ratio is not None:
-        return lost(allocate(found, goal.pruning_ratio, goal.scope))
-    if goal.latency is not None:
-        return lost(goal.latency.choose(model, structure.groups, found))
-    if goal.params_ratio is not None:
-        return lost(steps_for_params(model, structure.groups, found, goal.params_ratio))
-    if goal.macs_ratio is None:
+        steps = allocate(found, goal.pruning_ratio, goal.scope)
+    elif goal.latency is not None:
+        steps = goal.latency.choose(model, structure.groups, found)
+    elif goal.params_ratio is not None:
+        steps = steps_for_params(model, structure.groups, found, goal.params_ratio)
+    elif goal.macs_ratio is not None:
+        steps = _steps_for_macs(model, images, structure, found, goal.macs_ratio, goal.scope, macs)
+    else:
         raise TypeError("a goal needs pruning_ratio, macs_ratio, params_ratio or latency")
+    losses = chosen(structure.groups, found, steps)
+    if not losses and goal.pruning_ratio is not None:
+        raise PassRequirementError(
+            f"prune.pruning_ratio: {goal.pruning_ratio:g} is too little for any width to reach the next multiple of "
+            f"round_to = {goal.round_to}; raise it, lower round_to, or set scope: global"
+        )
+    if not losses:
+        raise PassRequirementError(
+            "prune: the goal is so near to the dense model that no channel needs to go; lower it or leave prune out"
+        )
+    return losses
+
+
+def _steps_for_macs(
+    model: nn.Module,
+    images: Tensor,
+    structure: Structure,
+    found: Sequence[Ladder],
+    macs_ratio: float,
+    scope: Scope,
+    macs: int,
+) -> list[int]:
+    """The step of each ladder at which at most ``macs_ratio`` of ``macs`` is left."""
     by_layer = macs_by_layer(model, images)
     fixed = macs - sum(by_layer.values())  # what other operators compute does not shrink here
-
-    limit = int(goal.macs_ratio * macs)
+    limit = int(macs_ratio * macs)
 
     def macs_with(steps: Sequence[int]) -> int:
-        return fixed + macs_after(model, by_layer, removals(lost(steps)))
+        return fixed + macs_after(model, by_layer, removals(chosen(structure.groups, found, steps)))
 
     def macs_at(ratio: float) -> int:
-        return macs_with(allocate(found, ratio, goal.scope))
+        return macs_with(allocate(found, ratio, scope))
 
     ratio = ratio_for_macs(macs_at, limit)
     if ratio is None:
         raise PassRequirementError(
-            f"prune.macs_ratio: {goal.macs_ratio:g} is out of reach, the least is {macs_at(1.0) / macs:.4f}; "
+            f"prune.macs_ratio: {macs_ratio:g} is out of reach, the least is {macs_at(1.0) / macs:.4f}; "
             "raise it or max_ratio, or lower round_to"
         )
-    steps = allocate(found, ratio, goal.scope)
-    if goal.scope == "global":
-        steps = give_back(found, steps, lambda trial: macs_with(trial) <= limit)
-    return lost(steps)
+    steps = allocate(found, ratio, scope)
+    return give_back(found, steps, lambda trial: macs_with(trial) <= limit) if scope == "global" else steps
 
 
 def _check_surgery(model: nn.Module, images: Tensor, cuts: Removals, structure: Structure) -> None:
