@@ -46,7 +46,7 @@ def measure_table(
     """
     import torch
 
-    from deploycnn.latency.measure import Bench
+    from deploycnn.latency.measure import Bench, configurations
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
     from deploycnn.pruning.allocation import ladders
     from deploycnn.pruning.importance import random
@@ -80,7 +80,7 @@ def measure_table(
         max_ratio=0.9,
         ratios=[None] * len(groups),
     )
-    return bench.measure(lambda generator: draw(groups, climbed, generator))
+    return bench.measure(configurations(lambda generator: draw(groups, climbed, generator)))
 
 
 def load(model: str) -> tuple[nn.Module, tuple[int, int, int]]:

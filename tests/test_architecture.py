@@ -24,7 +24,7 @@ LIBRARIES = {
     "gpu",
     "latency",
 }
-COMMON = {"core", "errors", "optional", "registry", "files", "targets"}
+COMMON = {"cache", "core", "errors", "optional", "registry", "files", "targets"}
 
 #: Room -> rooms of this package that it may import at any level of its code.
 ALLOWED: dict[str, set[str]] = {

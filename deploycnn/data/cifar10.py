@@ -71,7 +71,7 @@ class Cifar10(DataSource):
     def _load(self, *, train: bool) -> Any:
         from torchvision.datasets import CIFAR10
 
-        from deploycnn.data import cache
+        from deploycnn import cache
 
         root = (
             Path(self.root).expanduser().absolute() if self.root is not None else cache.folder() / "cifar10"

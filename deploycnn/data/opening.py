@@ -8,7 +8,7 @@ from typing import Any
 
 import PIL
 
-from deploycnn.data import cache
+from deploycnn import cache
 from deploycnn.data.base import Data, Dataset, DataSource
 from deploycnn.data.preprocessing import Preprocessing
 from deploycnn.data.splits import checked

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import PIL
 
-from deploycnn.data import cache
+from deploycnn import cache
 from deploycnn.data.decoding import UnusableImage, check_header, decode
 from deploycnn.data.folders import Entry, Tree
 from deploycnn.data.loader import default_threads

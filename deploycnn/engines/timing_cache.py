@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
+from deploycnn import cache
 from deploycnn.engines.device import Gpu
 from deploycnn.engines.flavour import Flavour
 
 
 def folder() -> Path:
-    """``$XDG_CACHE_HOME/deploycnn/timing`` or ``~/.cache/deploycnn/timing``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "deploycnn" / "timing"
+    """Where they lie."""
+    return cache.folder() / "timing"
 
 
 def path(flavour: Flavour, gpu: Gpu | None) -> Path | None:

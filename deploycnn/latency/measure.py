@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from deploycnn import environment
+from deploycnn import cache, environment
 from deploycnn.core import Stopwatch
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import save_onnx
-from deploycnn.latency import cache, steps
+from deploycnn.latency import steps
 from deploycnn.latency.instances import check, narrowed
 from deploycnn.latency.layers import Layer, layer_sums, layers_of, with_tails
-from deploycnn.latency.model import LatencyTable, Sample
+from deploycnn.latency.model import SCHEMA, LatencyTable, Sample, table_of
 from deploycnn.latency.quantized import quantized
 from deploycnn.pruning.layers import is_depthwise, width
 from deploycnn.pruning.surgery import Removals
@@ -140,7 +141,7 @@ class Bench:
     def step(self) -> int:
         """Widths may be rounded up to multiples of this at no cost; cached for the machine."""
         identity = self._identity({"steps": sorted({layer.key for layer in self.layers()})})
-        stored = cache.read_step(identity)
+        stored = cache.load("latency", identity)
         if stored is None:
             self.tell(0, 1, "finding the steps of the hardware")
             stored = steps.find(
@@ -152,8 +153,8 @@ class Bench:
                     graph if self.precision == "fp32" else quantized(graph, shape, self.target, self.threads)
                 ),
             )
-            cache.write_step(identity, stored)
-        return stored
+            cache.store("latency", identity, stored)
+        return int(stored)
 
     def table(self, draw: Callable[[np.random.Generator], Removals], *, seed: int = 0) -> LatencyTable:
         """The table of the model's layers, measured or from the cache.
@@ -162,28 +163,25 @@ class Bench:
             draw: Makes a random width configuration.
             seed: Of the configurations.
         """
+        cuts = configurations(draw, seed=seed)
+        # How many channels a layer has is what costs, not which: the ranking of channels may change.
+        configs = [sorted((*place, len(removed)) for place, removed in cut.items()) for cut in cuts]
         kinds = [f"{layer.name}: {layer.key}" for layer in self.layers()]
-        identity = self._identity({"kinds": kinds, "configs": CONFIGS})
-        stored = cache.read_table(identity)
-        if stored is None:
-            stored = self.measure(draw, seed=seed)
-            cache.write_table(identity, stored)
-        return stored
+        identity = self._identity({"kinds": kinds, "configs": configs})
+        stored = cache.load("latency", identity)
+        if stored is not None:
+            return table_of(stored)
+        table = self.measure(cuts)
+        cache.store("latency", identity, table.to_json())
+        return table
 
-    def measure(
-        self,
-        draw: Callable[[np.random.Generator], Removals],
-        *,
-        seed: int = 0,
-        configs: int = CONFIGS,
-    ) -> LatencyTable:
-        """Profile and race the dense model and ``configs`` random configurations of it.
+    def measure(self, cuts: Sequence[Removals]) -> LatencyTable:
+        """Profile and race the dense model and the configurations that ``cuts`` leave of it.
 
         A machine changes its speed from second to second, so the profiles of two configurations are no measure of each
         other; a race interleaves, so its latencies are. Each profile tells the shares, the race the whole.
         """
-        generator = np.random.default_rng(seed)
-        cuts: list[Removals] = [{}, *(draw(generator) for _ in range(configs))]
+        cuts = [{}, *cuts]
         with tempfile.TemporaryDirectory(prefix="deploycnn-") as name:
             folder = Path(name)
             profiles = self.profiles([self.at(cut) for cut in cuts], folder)
@@ -240,9 +238,9 @@ class Bench:
         first = next(iter(speeds.values())).median_ms
         return {name: first / speed.ratio for name, speed in speeds.items()}
 
-    def _identity(self, what: object) -> dict[str, object]:
-        return {
-            "version": _VERSION,
+    def _identity(self, what: object) -> str:
+        identity = {
+            "version": [SCHEMA, _VERSION],
             "environment": environment.detect().fingerprint,
             "runtime": self.stopwatch.runtime,
             "target": self.target if self.precision != "fp32" else "",
@@ -251,6 +249,18 @@ class Bench:
             "threads": self.threads,
             "what": what,
         }
+        return json.dumps(identity, sort_keys=True)
+
+
+def configurations(draw: Callable[[np.random.Generator], Removals], *, seed: int = 0) -> list[Removals]:
+    """Random width configurations to measure a table from.
+
+    Args:
+        draw: Makes one.
+        seed: Of all.
+    """
+    generator = np.random.default_rng(seed)
+    return [draw(generator) for _ in range(CONFIGS)]
 
 
 def samples_of(

@@ -242,27 +242,36 @@ def load_table(path: Path) -> LatencyTable:
                 f"{path}: schema version {value['schema_version']}, this version of deploycnn reads {SCHEMA}; "
                 "measure it again with deploycnn latency-table"
             )
-        return LatencyTable(
-            environment=value["environment"],
-            runtime=str(value["runtime"]),
-            precision=str(value["precision"]),
-            batch_size=int(value["batch_size"]),
-            threads=int(value["threads"]),
-            step=int(value["step"]),
-            layers={str(name): str(key) for name, key in value["layers"].items()},
-            samples=tuple(
-                Sample(kind=kind, width_in=int(a), width_out=int(b), ms=float(ms), config=int(config))
-                for kind, rows in value["tables"].items()
-                for a, b, ms, config in rows
-            ),
-            overhead_ms=float(value["overhead_ms"]),
-            error=Error(**value["error"]) if value["error"] else None,
-        )
+        return table_of(value)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path}: not a latency table ({type(error).__name__}: {error}); "
             "measure one with deploycnn latency-table"
         ) from error
+
+
+def table_of(value: Json) -> LatencyTable:
+    """The table whose ``to_json`` gave ``value``.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not such a value.
+    """
+    return LatencyTable(
+        environment=value["environment"],
+        runtime=str(value["runtime"]),
+        precision=str(value["precision"]),
+        batch_size=int(value["batch_size"]),
+        threads=int(value["threads"]),
+        step=int(value["step"]),
+        layers={str(name): str(key) for name, key in value["layers"].items()},
+        samples=tuple(
+            Sample(kind=kind, width_in=int(a), width_out=int(b), ms=float(ms), config=int(config))
+            for kind, rows in value["tables"].items()
+            for a, b, ms, config in rows
+        ),
+        overhead_ms=float(value["overhead_ms"]),
+        error=Error(**value["error"]) if value["error"] else None,
+    )
 
 
 def _fit_samples(samples: Sequence[Sample]) -> Fit:

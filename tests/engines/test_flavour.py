@@ -93,7 +93,7 @@ def test_rtx_times_nothing(rtx: Flavour) -> None:
 
 
 def test_timings_are_kept_by_gpu_driver_and_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DEPLOYCNN_CACHE", str(tmp_path))
     paths = {
         timing_cache.path(tensorrt(version), gpu)
         for version in ("11.4.0.106", "10.16.1.11")

@@ -1,4 +1,4 @@
-"""What was found out about a dataset, kept between runs; losing it costs time, never correctness.
+"""What was found out about datasets and this machine, kept between runs; losing it costs time, never correctness.
 
 The folder is ``$DEPLOYCNN_CACHE``, or ``deploycnn`` in the user's cache folder. Each entry is one JSON file,
 written at once, whose first line is the sha256 of the rest; anything that does not match is ignored and
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where entries, and datasets that are downloaded, are kept; it need not exist."""
+    """Where entries, datasets that are downloaded and timings of kernels are kept; it need not exist."""
     chosen = os.environ.get("DEPLOYCNN_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -57,7 +57,7 @@ def store(kind: str, identity: str, value: Any) -> None:
             file.write(data)
         Path(temporary).replace(path)
     except OSError as error:
-        log.warning("%s cannot be written (%s); the next run will check the data again", path, error)
+        log.warning("%s cannot be written (%s); the next run will find it out again", path, error)
         if temporary is not None:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink(missing_ok=True)
