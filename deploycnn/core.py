@@ -264,6 +264,9 @@ class Pass(ABC):
     uses_target: ClassVar[bool] = False
     #: Whether the output depends on the machine (engines; which then enters the key).
     uses_environment: ClassVar[bool] = False
+    #: Whether what ``ctx.stopwatch`` tells decides about the output (target, machine and the recipe's batch sizes and
+    #: threads then enter the key).
+    timing_decides: ClassVar[bool] = False
 
     def extra_identity(self) -> Json:
         """What else the output depends on besides the fields; enters the cache key."""

@@ -200,7 +200,7 @@ def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
 
 def _may_time(step: Step) -> bool:
     component = step.component
-    return isinstance(component, Pass) and (component.consumes == "onnx" or component.uses_environment)
+    return isinstance(component, Pass) and (component.consumes == "onnx" or component.timing_decides)
 
 
 def _ancestors(plan: Plan, step: Step) -> list[str]:

@@ -192,10 +192,14 @@ class _Planner:
             "data": self.data,
             "seed": self.recipe.seed,
         }
-        if isinstance(component, Pass) and component.uses_target:
-            identity["target"] = self.recipe.target.name
-        if isinstance(component, Pass) and component.uses_environment:
-            identity["environment"] = self.environment
+        if isinstance(component, Pass):
+            if component.uses_target or component.timing_decides:
+                identity["target"] = self.recipe.target.name
+            if component.uses_environment or component.timing_decides:
+                identity["environment"] = self.environment
+            if component.timing_decides:
+                profile = self.recipe.profile
+                identity["timed at"] = [list(profile.batch_sizes), list(profile.threads)]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         known = self.steps.get(key)
         variants = (*known.variants, variant) if known else (variant,)

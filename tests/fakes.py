@@ -104,6 +104,18 @@ class Target(Pass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timed(Pass):
+    """Decided by what is timed."""
+
+    consumes: ClassVar[Format] = "onnx"
+    produces: ClassVar[Format] = "onnx"
+    timing_decides: ClassVar[bool] = True
+
+    def run(self, source: Artifact, ctx: Context) -> Draft:
+        return write(ctx, "onnx", source.path.read_text() + f"\n{ctx.stopwatch is not None}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine(Runtime):
     """Opens nothing."""
 
@@ -121,7 +133,7 @@ class Machine(Runtime):
 
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
     "source": {"model": Model},
-    "pass": {"tune": Tune, "export": Export, "fail": Fail, "engine": Target},
+    "pass": {"tune": Tune, "export": Export, "fail": Fail, "engine": Target, "timed": Timed},
     "runtime": {"onnxruntime": Machine, "openvino": Machine},
     "data": {},
 }

@@ -74,6 +74,26 @@ def test_files_enter_keys_by_content(tmp_path: Path) -> None:
     assert keys(make({"source": {"model": "m", "weights": str(one)}})) != first
 
 
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"profile": {"batch_sizes": [3]}}, False),
+        ({"profile": {"threads": [7]}}, False),
+        ({"target": "cpu", "profile": {"runtimes": ["onnxruntime"]}}, False),
+        ({"profile": {"budget_s": 1}}, True),
+    ],
+)
+def test_what_timing_decides_depends_on_where_and_how_is_timed(changes: dict[str, Any], same: bool) -> None:
+    variants = {"variants": {"a": ["export", "timed"]}, "target": "onnxruntime-cpu"}
+    base = keys(make(variants))
+    assert [a == b for a, b in zip(keys(make({**variants, **changes})), base, strict=True)] == [
+        True,
+        True,
+        same,
+    ]
+    assert keys(make(variants, environment="other"))[2] != base[2]
+
+
 def test_engines_depend_on_machine_and_target() -> None:
     variants = {"variants": {"a": ["export", "engine"]}}
     base = keys(make(variants))

@@ -52,7 +52,6 @@ class Int8(Pass):
     gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
-    uses_environment: ClassVar[bool] = True  # by `do_no_harm`: what is timed here decides
 
     mode: Annotated[
         Literal["fixed", "auto"], "fixed: as the options say; auto: repair until the budget is met."
@@ -130,6 +129,7 @@ class Int8(Pass):
             )
         if self.weights_only and self.activations != "auto":
             raise ValueError("weights_only leaves activations in float; leave `activations` out")
+        object.__setattr__(self, "timing_decides", self.do_no_harm)
 
     def extra_identity(self) -> Json:
         """Whether weights are 7-bit depends on the machine unless the recipe says it."""

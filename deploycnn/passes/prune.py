@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -63,7 +64,7 @@ class Prune(Pass):
     latency_ratio: Annotated[
         Annotated[float, Gt(0), Lt(1)] | None,
         "Share of the dense latency to keep on the recipe's target, at the first batch size and threads of `profile`; "
-        "measured, and corrected until it holds.",
+        "measured, and corrected where it is off.",
     ] = None
     latency_precision: Annotated[
         Literal["fp32", "int8"], "For latency_ratio: what the model will be deployed as."
@@ -132,9 +133,7 @@ class Prune(Pass):
         object.__setattr__(
             self, "needs_data", self.importance in _WITH_IMAGES or self.steps > 1 or self.sensitivity
         )
-        # What is timed decides: another target or machine makes another model.
-        object.__setattr__(self, "uses_target", self.latency_ratio is not None)
-        object.__setattr__(self, "uses_environment", self.latency_ratio is not None)
+        object.__setattr__(self, "timing_decides", self.latency_ratio is not None)
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Prune ``source``; widths, MACs and what was left alone are recorded under "pruning".
@@ -193,6 +192,9 @@ class Prune(Pass):
             100 * record["macs_ratio"],
             len(record["protected"]),
         )
+        if goal.latency is not None:
+            level = logging.INFO if record["latency"]["met"] else logging.WARNING
+            ctx.log.log(level, "latency_ratio: %s", record["latency"]["words"])
         facts = dataclasses.replace(
             source.facts,
             params=count_params(model),
@@ -239,27 +241,21 @@ def _sensitivity(
     model: torch.nn.Module, images: torch.Tensor, ranked: Criterion, protect: tuple[str, ...], ctx: Context
 ) -> Table:
     """On at most 512 images of val; none of it decides what is cut."""
-    from deploycnn.data.loader import batches
     from deploycnn.pruning.charts import sensitivity
     from deploycnn.training import artifact
-    from deploycnn.training.device import images_to, labels_to, model_home, model_to
+    from deploycnn.training.device import model_home, model_to
+    from deploycnn.training.evaluate import evaluate
 
     data = artifact.needed_data(ctx, "prune.sensitivity")
 
     def top1(scored: torch.nn.Module) -> float:
-        import torch
-
-        hits, seen = 0, 0
         model_to(scored, ctx.device)
         try:
-            with torch.inference_mode():
-                for batch in batches(data.dataset.val, data.preprocessing, 64, limit=512):
-                    logits = scored(images_to(batch.images, ctx.device))
-                    hits += int((logits.argmax(dim=1) == labels_to(batch.labels, ctx.device)).sum())
-                    seen += len(batch.labels)
+            return evaluate(
+                scored, data.dataset.val, data.preprocessing, batch_size=64, device=ctx.device, limit=512
+            ).top1
         finally:
             model_home(scored)
-        return hits / seen if seen else 0.0
 
     return sensitivity(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,40 @@ ROUNDS = 5
 
 
 @dataclass(slots=True, kw_only=True)
+class _Try:
+    """Widths, and what is known of their latency.
+
+    Attributes:
+        steps: Of each ladder.
+        solution: Of the solver.
+        predicted: Share of the dense latency.
+        measured: The same measured, and the milliseconds of the dense and the pruned model; ``None`` where only a table
+            knows the target.
+    """
+
+    steps: list[int]
+    solution: Solution
+    predicted: float
+    measured: tuple[float, float, float] | None = None
+
+    def off(self, asked: float) -> float:
+        """By how much what was measured differs from what was asked for, as a share of that; 0 where not measured."""
+        return abs(self.measured[0] / asked - 1) if self.measured is not None else 0.0
+
+    def to_json(self) -> Json:
+        """As plain values."""
+        found: dict[str, Json] = {
+            "predicted_ratio": self.predicted,
+            "predicted_ms": self.solution.cost,
+            "loss": self.solution.loss,
+            "bound": self.solution.bound,
+        }
+        if self.measured is not None:
+            found |= zip(("measured_ratio", "dense_ms", "measured_ms"), self.measured, strict=True)
+        return found
+
+
+@dataclass(slots=True, kw_only=True)
 class LatencyGoal:
     """A share of the dense latency to keep, and what knows latencies.
 
@@ -38,7 +72,7 @@ class LatencyGoal:
         ratio: Of the dense latency, in (0, 1).
         layers: Of the model, with their kinds.
         bench: Measures on the target; ``None`` where only a table is there.
-        table: Measured elsewhere, or ``None``: the bench measures one.
+        table: Measured before, or ``None``: the bench measures one when it is needed.
         seed: Of random width configurations.
         tell: Told what is being done.
     """
@@ -53,10 +87,12 @@ class LatencyGoal:
 
     def step(self) -> int:
         """The hardware's step."""
-        if self.table is not None:
-            return self.table.step
-        assert self.bench is not None  # noqa: S101 - one of the two is there
-        return self.bench.step()
+        return self.table.step if self.table is not None else self._bench().step()
+
+    def _bench(self) -> Bench:
+        if self.bench is None:
+            raise TypeError("a goal without a table needs a bench")
+        return self.bench
 
     def choose(self, model: nn.Module, groups: Sequence[ChannelGroup], found: Sequence[Ladder]) -> list[int]:
         """The step of each ladder.
@@ -64,57 +100,61 @@ class LatencyGoal:
         Raises:
             PassRequirementError: the goal is out of reach; says what the fastest is.
         """
-        table = self.table
-        if table is None:
-            assert self.bench is not None  # noqa: S101 - as above
-            table = self.bench.table(lambda generator: draw(groups, found, generator), seed=self.seed)
+        table = self.table = self.table or self._bench().table(
+            lambda generator: draw(groups, found, generator), seed=self.seed
+        )
         dense_ms = posed_problem(model, self.layers, groups, found, table).cost([0] * len(found))
         found = pinned(found)
         posed = posed_problem(model, self.layers, groups, found, table)
-        scale, tried, best = 1.0, [], None
-        for attempt in range(ROUNDS):
+        scale = 1.0
+        tries: list[_Try] = []
+        for attempt in range(ROUNDS if self.bench is not None else 1):
             solution = self._solve(posed, dense_ms, scale)
             steps = [ladder.steps[level] for ladder, level in zip(found, solution.levels, strict=True)]
             predicted = solution.cost / dense_ms
-            entry: dict[str, Json] = {
-                "predicted_ratio": predicted,
-                "predicted_ms": solution.cost,
-                "loss": solution.loss,
-                "bound": solution.bound,
-            }
-            tried.append(entry)
+            tries.append(_Try(steps=steps, solution=solution, predicted=predicted))
             if self.bench is None:
-                best = (0.0, steps, solution, entry)
                 break
             self.tell(attempt, ROUNDS, "measuring the pruned model on the target")
             pruned = copy.deepcopy(model)
             remove(pruned, removals(chosen(groups, found, steps)))
-            ratio, before_ms, after_ms = self.bench.ratio(pruned)
-            entry |= {"measured_ratio": ratio, "dense_ms": before_ms, "measured_ms": after_ms}
-            off = abs(ratio / self.ratio - 1)
-            if best is None or off < best[0]:
-                best = (off, steps, solution, entry)
-            if off <= WITHIN:
+            tries[-1].measured = self.bench.ratio(pruned)
+            measured, _, _ = tries[-1].measured
+            if abs(measured / self.ratio - 1) <= WITHIN:
                 break
-            scale = ratio / predicted
-        assert best is not None  # noqa: S101 - ROUNDS is above 0
-        _, steps, solution, entry = best
+            scale = measured / predicted
+        best = min(tries, key=lambda item: item.off(self.ratio))
         self.record = {
             "asked_ratio": self.ratio,
+            "met": best.off(self.ratio) <= WITHIN if best.measured is not None else None,
+            "words": self._words(best, len(tries), table),
             "runtime": table.runtime,
             "precision": table.precision,
             "batch_size": table.batch_size,
             "threads": table.threads,
             "step": table.step,
-            **entry,
-            "tried": tried,
+            **best.to_json(),
+            "tried": [item.to_json() for item in tries],
             "table": {
-                "error": _errors(table.error),
+                "error": asdict(table.error) if table.error else None,
                 "environment": table.environment,
             },
-            "layers": layer_rows(model, self.layers, groups, found, solution, table),
+            "layers": layer_rows(model, self.layers, groups, found, best.solution, table),
         }
-        return steps
+        return best.steps
+
+    def _words(self, best: _Try, rounds: int, table: LatencyTable) -> str:
+        """The outcome in a sentence."""
+        where = f"in {table.runtime}, {table.precision}, batch {table.batch_size}, {table.threads} threads"
+        if best.measured is None:
+            return (
+                f"{best.predicted:.3f} of the dense latency predicted {where} ({self.ratio:g} asked for); not "
+                "measured: the table is of another machine"
+            )
+        told = f"{best.measured[0]:.3f} of the dense latency measured {where} ({self.ratio:g} asked for)"
+        if best.off(self.ratio) <= WITHIN:
+            return told
+        return f"{told}: off by more than {WITHIN:.0%}, the nearest of {rounds} choices of widths"
 
     def _solve(self, posed: Problem, dense_ms: float, scale: float) -> Solution:
         solution = solve(posed, self.ratio * dense_ms / scale)
@@ -205,9 +245,3 @@ def draw(groups: Sequence[ChannelGroup], found: Sequence[Ladder], generator: np.
     """A random width configuration: every ladder at a step of its own."""
     steps = [int(generator.choice(ladder.steps)) for ladder in found]
     return removals(chosen(groups, found, steps))
-
-
-def _errors(error: object) -> Json:
-    from dataclasses import asdict, is_dataclass
-
-    return asdict(error) if is_dataclass(error) and not isinstance(error, type) else None

@@ -28,7 +28,13 @@ class Score:
 
 
 def evaluate(
-    model: nn.Module, split: Split, preprocessing: Preprocessing, *, batch_size: int, device: str
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    device: str,
+    limit: int | None = None,
 ) -> Score:
     """Score ``model`` in float32 and evaluation mode, in which it stays.
 
@@ -38,14 +44,17 @@ def evaluate(
         preprocessing: Of the images.
         batch_size: Images at a time.
         device: "cpu" or "cuda".
+        limit: On at most so many images, spread evenly.
     """
     model.eval()
     hits = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    seen = 0
     with torch.inference_mode():
-        for batch in batches(split, preprocessing, batch_size):
+        for batch in batches(split, preprocessing, batch_size, limit=limit):
             labels_N = labels_to(batch.labels, device)
             logits_NK = model(images_to(batch.images, device))
             hits += classification.correct(logits_NK, labels_N)
             loss += F.cross_entropy(logits_NK, labels_N, reduction="sum")
-    return Score(top1=hits.item() / len(split), loss=loss.item() / len(split))
+            seen += len(batch.labels)
+    return Score(top1=hits.item() / seen, loss=loss.item() / seen)

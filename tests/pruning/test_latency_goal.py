@@ -77,7 +77,7 @@ def pruned(found: LatencyGoal, round_to: int = 2) -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DEPLOYCNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("deploycnn.latency.measure.CONFIGS", 16)
 
 
@@ -90,6 +90,25 @@ def test_the_goal_is_reached_also_where_the_prediction_is_off(tmp_path: Path) ->
     assert record["measured_ratio"] / record["predicted_ratio"] == pytest.approx(1.15, rel=0.05)
     layers = {row["layer"]: row for row in record["layers"]}
     assert sum(row["ms"][1] for row in layers.values()) < sum(row["ms"][0] for row in layers.values())
+
+
+def test_tables_of_other_widths_are_other_tables(tmp_path: Path) -> None:
+    for step in (2, 8):
+        found = goal(0.5, Exact(), tmp_path)
+        pruned(found, step)
+        assert found.table is not None
+        widths = {sample.width_in for sample in found.table.samples} - {3}
+        assert all(width % step == 0 for width in widths)
+        assert any(width % (2 * step) for width in widths)
+
+
+def test_a_goal_that_is_not_met_says_so(tmp_path: Path) -> None:
+    """Widths of 16 channels are too coarse for 1% of latency."""
+    record = pruned(goal(0.83, Exact(), tmp_path), 16)["latency"]
+    assert isinstance(record, dict)
+    assert record["met"] is (abs(record["measured_ratio"] / 0.83 - 1) <= 0.02)
+    assert record["met"] is False
+    assert "0.83 asked for): off by more than 2%" in record["words"]
 
 
 def test_what_is_out_of_reach_is_refused_with_the_fastest(tmp_path: Path) -> None:
@@ -107,8 +126,10 @@ def test_a_target_that_this_host_lacks_needs_a_table(tmp_path: Path) -> None:
 
 
 def test_a_table_from_another_machine_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pruned(goal(0.5, Exact(), tmp_path))
-    stored = max((tmp_path / "cache/deploycnn/latency").iterdir(), key=lambda path: path.stat().st_size)
+    measured = goal(0.5, Exact(), tmp_path)
+    pruned(measured)
+    assert measured.table is not None
+    measured.table.save(stored := tmp_path / "table.json")
     here = environment.detect()
     monkeypatch.setattr(
         environment, "detect", lambda: environment.Environment.from_json({**here.to_json(), "cpu": "another"})
