@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 import deploycnn
+from deploycnn.api import load_recipe
 from deploycnn.graph.model import save_onnx
-from deploycnn.latency.measure import Bench
+from deploycnn.latency.measure import Bench, widths_after
 from deploycnn.latency.model import LatencyTable
 from deploycnn.latency_tables import load
 from deploycnn.profiling.stopwatch import RuntimeStopwatch
@@ -33,6 +34,7 @@ from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.latency_goal import draw, posed_problem
 from deploycnn.pruning.solver import solve
 from deploycnn.pruning.structure import analyse, shrunk
+from deploycnn.pruning.surgery import Removals
 
 #: Short names of the nets that the bars name.
 NETS = {
@@ -66,27 +68,26 @@ def prepared(
 
 def model_error(arguments: argparse.Namespace) -> dict[str, Any]:
     bench, groups, found, table = prepared(arguments)
-    kinds = {layer.name: layer.key for layer in bench.layers()}
-    generator = np.random.default_rng(10_000)
-    predicted, names = {}, {}
+
+    def predicted_ms(cuts: Removals) -> float:
+        kept = widths_after(bench.layers(), bench.model, cuts)
+        return sum(float(table.cost(layer.key, *kept[layer.name])) for layer in bench.layers())
+
+    generator = np.random.default_rng(10_000)  # other configurations than the table's
+    cuts = {str(index): draw(groups, found, generator) for index in range(arguments.configs)}
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(arguments.configs):
-            cuts = draw(groups, found, generator)
-            names[str(index)] = Path(folder) / f"{index}.onnx"
-            save_onnx(bench.at(cuts), names[str(index)])
-            predicted[str(index)] = sum(
-                float(table.cost(kinds[name], [sizes[0]], [sizes[1]])[0])
-                for name, sizes in widths_after(bench, cuts).items()
-            )
-        dense = Path(folder) / "dense.onnx"
-        save_onnx(bench.dense(), dense)
-        measured = bench.race({"dense": dense, **names})
-    dense_ms = sum(
-        float(table.cost(kinds[name], [sizes[0]], [sizes[1]])[0])
-        for name, sizes in widths_after(bench, {}).items()
-    )
+        paths = {"dense": Path(folder) / "dense.onnx"} | {
+            name: Path(folder) / f"{name}.onnx" for name in cuts
+        }
+        for name, path in paths.items():
+            save_onnx(bench.at(cuts.get(name, {})), path)
+        measured = bench.race(paths)
     # Shares of the dense latency are what a goal is about; the table's milliseconds are of another minute.
-    errors = [abs(predicted[name] / dense_ms / (measured[name] / measured["dense"]) - 1) for name in names]
+    dense_ms = predicted_ms({})
+    errors = [
+        abs(predicted_ms(cut) / dense_ms / (measured[name] / measured["dense"]) - 1)
+        for name, cut in cuts.items()
+    ]
     return {
         "net": arguments.net,
         "precision": arguments.precision,
@@ -96,18 +97,6 @@ def model_error(arguments: argparse.Namespace) -> dict[str, Any]:
         "p95": float(np.percentile(errors, 95)),
         "stated": table.to_json()["error"],
     }
-
-
-def widths_after(bench: Bench, cuts: Any) -> dict[str, tuple[int, int]]:
-    from deploycnn.pruning.layers import is_depthwise, width
-
-    found = {}
-    for layer in bench.layers():
-        module = bench.model.get_submodule(layer.name)
-        outer = cuts.get((layer.name, "out"), ())
-        inner = outer if is_depthwise(module) else cuts.get((layer.name, "in"), ())
-        found[layer.name] = (width(module, "in") - len(inner), width(module, "out") - len(outer))
-    return found
 
 
 def solver(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -135,33 +124,20 @@ def solver(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    def variant(precision: str) -> list[Any]:
+        goal = {"latency_ratio": arguments.ratio, "latency_precision": precision, "importance": "taylor"}
+        return [{"prune": goal}, "export", *(["int8"] if precision == "int8" else [])]
+
+    recipe = load_recipe(
+        "cifar10-resnet56",
+        data=arguments.data,
+        weights=arguments.weights,
+        overrides=["data.imagefolder.val=last", "profile.batch_sizes=[1]", "profile.threads=[1]"],
+    ).raw
     recipe = {
-        "name": "resnet56-latency",
-        "source": {"zoo": "resnet56", "weights": str(arguments.weights)},
-        "data": {"imagefolder": {"root": str(arguments.data), "val": "last"}},
-        "preprocessing": {
-            "size": 32,
-            "resize": "squash",
-            "mean": [0.485, 0.456, 0.406],
-            "std": [0.229, 0.224, 0.225],
-        },
+        **recipe,
         "target": "onnxruntime-cpu",
-        "variants": {
-            "fp32": ["export"],
-            "pruned": [{"prune": {"latency_ratio": arguments.ratio, "importance": "taylor"}}, "export"],
-            "pruned_int8": [
-                {
-                    "prune": {
-                        "latency_ratio": arguments.ratio,
-                        "importance": "taylor",
-                        "latency_precision": arguments.precision,
-                    }
-                },
-                "export",
-                "int8",
-            ],
-        },
-        "profile": {"batch_sizes": [1], "threads": [1], "memory": False},
+        "variants": {"fp32": ["export"], "pruned": variant("fp32"), "pruned_int8": variant("int8")},
     }
     deploycnn.export(recipe, out=arguments.work)
     paths = {

@@ -263,28 +263,31 @@ def configurations(draw: Callable[[np.random.Generator], Removals], *, seed: int
     return [draw(generator) for _ in range(CONFIGS)]
 
 
+def widths_after(layers: Sequence[Layer], model: nn.Module, cuts: Removals) -> dict[str, tuple[int, int]]:
+    """(in, out) channels that each layer keeps."""
+    found = {}
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        outer = cuts.get((layer.name, "out"), ())
+        inner = outer if is_depthwise(module) else cuts.get((layer.name, "in"), ())
+        found[layer.name] = (width(module, "in") - len(inner), width(module, "out") - len(outer))
+    return found
+
+
 def samples_of(
     layers: Sequence[Layer], model: nn.Module, cuts: Removals, times: Mapping[str, float], config: int
 ) -> list[Sample]:
     """What a profile of one configuration tells of each layer."""
     sums = layer_sums([layer.name for layer in layers], times)
-    found = []
-    for layer in layers:
-        module = model.get_submodule(layer.name)
-        sides: dict[str, int] = {}
-        for side in ("in", "out"):
-            removed = cuts.get(
-                (layer.name, side), cuts.get((layer.name, "out"), ()) if is_depthwise(module) else ()
-            )
-            sides[side] = width(module, side) - len(removed)
-        if sums[layer.name] > 0:
-            found.append(
-                Sample(
-                    kind=layer.key,
-                    width_in=sides["in"],
-                    width_out=sides["out"],
-                    ms=sums[layer.name],
-                    config=config,
-                )
-            )
-    return found
+    kept = widths_after(layers, model, cuts)
+    return [
+        Sample(
+            kind=layer.key,
+            width_in=kept[layer.name][0],
+            width_out=kept[layer.name][1],
+            ms=sums[layer.name],
+            config=config,
+        )
+        for layer in layers
+        if sums[layer.name] > 0
+    ]
