@@ -36,19 +36,22 @@ class DropBlocks(Pass):
         Annotated[int, Ge(1)] | None, "How many to drop, one after the other, ranked anew after each."
     ] = None
     names: Annotated[tuple[str, ...], "Which to drop, in place of `count`."] = ()
-    protect: Annotated[tuple[str, ...], "Names of modules in which no block is dropped."] = ()
+    protect: Annotated[tuple[str, ...], "Names of modules in which no block is dropped, with `count`."] = ()
     importance_images: Annotated[int, Gt(0), "Training images on which blocks are ranked."] = 256
 
     def __post_init__(self) -> None:
         if (self.count is None) == (not self.names):
             raise RecipeError("drop_blocks: set exactly one of count and names")
+        if self.names and self.protect:
+            raise RecipeError("drop_blocks.protect: goes with count; leave those out of names instead")
         object.__setattr__(self, "needs_data", self.count is not None)
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Write the shallower model; what was dropped is recorded under "blocks".
 
         Raises:
-            PassRequirementError: there are fewer blocks than asked for, a name is no block, or images are missing.
+            PassRequirementError: there are fewer blocks than asked for, a name is unknown or no block, or images are
+                missing.
             PreprocessingError: the model was made for images prepared otherwise.
         """
         import torch
@@ -58,12 +61,13 @@ class DropBlocks(Pass):
         from deploycnn.models.macs import count_macs, count_params
         from deploycnn.pruning.blocks import check_names, droppable
         from deploycnn.pruning.inputs import input_shape
-        from deploycnn.pruning.structure import is_inside, shrunk
+        from deploycnn.pruning.structure import check_modules, is_inside, shrunk
         from deploycnn.training.determinism import deterministic
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "drop_blocks")
         model = load_model(source.path)
+        check_modules(model, self.protect, "drop_blocks.protect")
         shape = input_shape(source, ctx, "drop_blocks")
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
         before = count_macs(model, shape)

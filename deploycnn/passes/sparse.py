@@ -197,7 +197,7 @@ def _permute(model: nn.Module, images: torch.Tensor, ctx: Context) -> Json:
     from deploycnn.pruning.structure import analyse, shrunk
 
     trial = shrunk(model, images)
-    structure = analyse(model, trial, seed=ctx.seed)
+    structure = analyse(model, trial, seed=ctx.seed, where="sparse.permute")
     before_after = []
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(trial.double())

@@ -72,7 +72,8 @@ class Sparsify(TrainingSettings, Pass):
         model = artifact.load_checked(source.path, source.facts, data, "sparsify: the model")
         shape = data.preprocessing.input_shape
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
-        groups = analyse(model, shrunk(model, images), protect=self.protect, seed=ctx.seed).groups
+        trial = shrunk(model, images)
+        groups = analyse(model, trial, protect=self.protect, seed=ctx.seed, where="sparsify").groups
         if not groups:
             raise PassRequirementError(
                 "sparsify: no channel of this model can be pruned, so there is nothing to shrink"

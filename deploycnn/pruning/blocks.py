@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional
 from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.models.delta import drop
 from deploycnn.pruning.layers import MIXING
-from deploycnn.pruning.structure import suggestions
+from deploycnn.pruning.structure import check_modules
 from deploycnn.pruning.tracing import forward
 
 
@@ -158,13 +158,8 @@ def check_names(model: nn.Module, candidates: Sequence[str], names: Sequence[str
     Raises:
         PassRequirementError: one is not.
     """
-    named: Mapping[str, nn.Module] = dict(model.named_modules())
+    check_modules(model, names, "drop_blocks.names")
     for name in names:
-        if name not in named:
-            known = suggestions(named, name)
-            raise PassRequirementError(
-                f'drop_blocks.names: the model has no module "{name}"; {nearest(name, known)}'
-            )
         if name not in candidates:
             raise PassRequirementError(
                 f'drop_blocks.names: "{name}" is no residual block with an identity shortcut, so it cannot be dropped; '

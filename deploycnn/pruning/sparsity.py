@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deploycnn.errors import PassRequirementError, nearest
+from deploycnn.errors import PassRequirementError
 from deploycnn.pruning.layers import CONVOLUTIONS, MIXING
+from deploycnn.pruning.structure import check_modules, is_inside
 
 Scope = Literal["layer", "global"]
 
@@ -31,16 +32,11 @@ def weighty(model: nn.Module, protect: Sequence[str]) -> dict[str, nn.Module]:
     Raises:
         PassRequirementError: a name in ``protect`` is unknown, or nothing is left.
     """
-    named = dict(model.named_modules())
-    for name in protect:
-        if not name or name not in named:
-            raise PassRequirementError(
-                f'sparse.protect: the model has no module "{name}"; {nearest(name, [n for n in named if n])}'
-            )
+    check_modules(model, protect, "sparse.protect")
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
-    for name, layer in named.items():
-        kept = any(name == wanted or name.startswith(wanted + ".") for wanted in protect)
+    for name, layer in model.named_modules():
+        kept = any(is_inside(name, wanted) for wanted in protect)
         if isinstance(layer, MIXING) and not kept and id(layer.weight) not in seen:
             seen.add(id(layer.weight))
             found[name] = layer

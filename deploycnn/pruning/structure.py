@@ -37,7 +37,9 @@ class Structure:
     training_heads: bool
 
 
-def analyse(model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), seed: int = 0) -> Structure:
+def analyse(
+    model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), seed: int = 0, where: str = "prune"
+) -> Structure:
     """Find the groups of channels that can be pruned from ``model``, which is left as it is.
 
     Args:
@@ -45,23 +47,20 @@ def analyse(model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), se
         images: Example input, (N, C, H, W) with N >= 2.
         protect: Names of layers, or of modules for all layers in them, whose output channels must stay.
         seed: Seed of the weights and channels with which the groups are tried out.
+        where: Which pass or option asks, for messages.
 
     Raises:
         PassRequirementError: a name in ``protect`` is unknown, or the model cannot be followed.
     """
+    check_modules(model, protect, f"{where}.protect")
+    check_control_flow(model, images, where)
     named = dict(model.named_modules())
-    for name in protect:
-        if not name or name not in named:
-            raise PassRequirementError(
-                f'prune.protect: the model has no module "{name}"; {nearest(name, suggestions(named, name))}'
-            )
-    check_control_flow(model, images)
     trial = images.detach().double()
     twin = randomized(model, trial, seed)
-    groups, graph = propose(twin, trial, training_heads=False)
+    groups, graph = propose(twin, trial, training_heads=False, where=where)
     heads = False
     if unreached(twin, graph):
-        with_heads, graph_with_heads = propose(twin, trial, training_heads=True)
+        with_heads, graph_with_heads = propose(twin, trial, training_heads=True, where=where)
         heads = len(unreached(twin, graph_with_heads)) < len(unreached(twin, graph))
         if heads:
             groups, graph = with_heads, graph_with_heads
@@ -71,7 +70,7 @@ def analyse(model: nn.Module, images: Tensor, *, protect: Sequence[str] = (), se
         for name in unreached(twin, graph)
         if is_producer(named[name])
     ]
-    sound, broken = _tried_out(twin, trial, kept, training_heads=heads, seed=seed)
+    sound, broken = _tried_out(twin, trial, kept, training_heads=heads, seed=seed, where=where)
     return Structure(groups=tuple(sound), protected=(*protected, *broken), training_heads=heads)
 
 
@@ -96,6 +95,20 @@ def shrunk(model: nn.Module, images: Tensor) -> Tensor:
                 break  # a model may demand its size
             images = smaller
     return images
+
+
+def check_modules(model: nn.Module, names: Iterable[str], where: str) -> None:
+    """Names of modules that a user gives must be the model's.
+
+    Raises:
+        PassRequirementError: one is not; ``where`` names the option.
+    """
+    named = dict(model.named_modules())
+    for name in names:
+        if not name or name not in named:
+            raise PassRequirementError(
+                f'{where}: the model has no module "{name}"; {nearest(name, suggestions(named, name))}'
+            )
 
 
 def suggestions(names: Iterable[str], wrong: str) -> list[str]:
@@ -124,7 +137,13 @@ def is_inside(layer: str, module: str) -> bool:
 
 
 def _tried_out(
-    twin: nn.Module, images: Tensor, groups: Sequence[ChannelGroup], *, training_heads: bool, seed: int
+    twin: nn.Module,
+    images: Tensor,
+    groups: Sequence[ChannelGroup],
+    *,
+    training_heads: bool,
+    seed: int,
+    where: str,
 ) -> tuple[list[ChannelGroup], list[Protected]]:
     """Prune some of every group; where the result is wrong, find the groups to blame."""
     cuts = {group.name: _some(group, seed + index) for index, group in enumerate(groups)}
@@ -154,7 +173,7 @@ def _tried_out(
         why = fault(sound)
         if why is not None:
             raise PassRequirementError(
-                f"prune: groups that can be pruned alone break the model together ({why})"
+                f"{where}: groups that can be pruned alone break the model together ({why})"
             )
     return sound, broken
 

@@ -102,13 +102,14 @@ def _keeps_channels(grad_fn: Any) -> bool:
     return before[1] == after[1] or (matrix and math.prod(before[1:]) == math.prod(after[1:]))
 
 
-def propose(model: nn.Module, images: Tensor, *, training_heads: bool) -> tuple[Groups, _Graph]:
+def propose(model: nn.Module, images: Tensor, *, training_heads: bool, where: str) -> tuple[Groups, _Graph]:
     """Read the groups off Torch-Pruning's dependency graph.
 
     Args:
         model: In evaluation mode; its parameters must require gradients. It is left as it was.
         images: (N, C, H, W).
         training_heads: Follow what is computed in training mode only as well.
+        where: Which pass or option asks, for messages.
 
     Raises:
         PassRequirementError: Torch-Pruning cannot follow the model.
@@ -129,7 +130,7 @@ def propose(model: nn.Module, images: Tensor, *, training_heads: bool) -> tuple[
         )
     except _GRAPH_ERRORS as error:
         raise PassRequirementError(
-            f"prune: Torch-Pruning cannot follow this model, so it cannot be pruned "
+            f"{where}: Torch-Pruning cannot follow this model, so it is not known which channels depend on one another "
             f"({type(error).__name__}: {error})"
         ) from error
     finally:
@@ -159,6 +160,10 @@ def forward(model: nn.Module, images: Tensor, *, training_heads: bool = False) -
 class _NoPeeking(TorchDispatchMode):
     """Refuses to turn tensors into Python values, which is what control flow that depends on data does."""
 
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PEEKS:
             frames = [frame for frame in traceback.extract_stack() if not _is_torch(frame.filename)]
@@ -167,8 +172,8 @@ class _NoPeeking(TorchDispatchMode):
                 f' ({Path(where.filename).name}:{where.lineno}: "{where.line}")' if where is not None else ""
             )
             raise PassRequirementError(
-                f"prune: which way the model takes depends on the values in the images{seen}, so no single run shows "
-                "which channels depend on one another; write it without this choice (torch.where)"
+                f"{self.where}: which way the model takes depends on the values in the images{seen}, so no single run "
+                "shows which channels depend on one another; write it without this choice (torch.where)"
             )
         return func(*args, **(kwargs or {}))
 
@@ -180,14 +185,14 @@ def _is_torch(filename: str) -> bool:
     return f"{os.sep}torch{os.sep}" in filename
 
 
-def check_control_flow(model: nn.Module, images: Tensor) -> None:
+def check_control_flow(model: nn.Module, images: Tensor, where: str) -> None:
     """Refuse a model whose path depends on what it sees.
 
     Raises:
-        PassRequirementError: it does; names the line.
+        PassRequirementError: it does; names the line, and ``where`` the pass or option that asks.
     """
     weight = next(model.parameters(), images)
-    with torch.no_grad(), _NoPeeking():
+    with torch.no_grad(), _NoPeeking(where):
         forward(model, images.to(weight.dtype))
 
 

@@ -70,6 +70,13 @@ def test_more_blocks_than_there_are(resnet: Artifact, tmp_path: Path) -> None:
         DropBlocks(count=5, protect=("layer1",)).run(resnet, context(tmp_path / "p", data=noise()))
 
 
+def test_names_that_the_model_does_not_have_are_refused(resnet: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(PassRequirementError, match='drop_blocks.protect: the model has no module "layr1"'):
+        DropBlocks(count=1, protect=("layr1",)).run(resnet, context(tmp_path / "d", data=noise()))
+    with pytest.raises(RecipeError, match="drop_blocks.protect: goes with count"):
+        DropBlocks(names=("layer1.0",), protect=("layer1",))
+
+
 @pytest.mark.parametrize("options", [{}, {"count": 1, "names": ["layer1.0"]}])
 def test_one_of_count_and_names(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="exactly one of count and names"):

@@ -110,6 +110,8 @@ def test_control_flow_that_depends_on_data_is_refused_with_its_line(user_module:
     with pytest.raises(PassRequirementError, match=message):
         prune(model, nets.images(), MAGNITUDE, Goal(pruning_ratio=0.5))
     assert widths(model) == before
+    with pytest.raises(PassRequirementError, match=r"^sparse.permute: which way the model takes"):
+        analyse(model, nets.images(), where="sparse.permute")
 
 
 def test_choices_by_shape_are_no_choices_by_data() -> None:
