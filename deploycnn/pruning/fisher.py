@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deploycnn.errors import PassRequirementError
-from deploycnn.pruning.groups import ChannelGroup, Member
-from deploycnn.pruning.importance import SCALING, Scores, by_root, checked, chosen
-from deploycnn.pruning.layers import MIXING, by_channel
+from deploycnn.pruning.groups import ChannelGroup
+from deploycnn.pruning.importance import Scores, by_root, channel_sums, checked, chosen, first_order
 
 
 def fisher(
@@ -39,29 +37,29 @@ def fisher(
         progress: Called with the number of images seen.
     """
     layers = dict(model.named_modules())
-    squares: dict[str, Tensor] = {}
+    squares: dict[Tensor, Tensor] = {}
     images_seen = 0
     for count in _single_gradients(model, batches, progress):
         images_seen = count
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.grad is not None:
                 square = parameter.grad.detach().double() ** 2
-                squares[name] = squares[name].add_(square) if name in squares else square
+                squares[parameter] = squares[parameter].add_(square) if parameter in squares else square
     _check_seen(images_seen, "fisher")
+
+    def second_order(parameter: Tensor) -> Tensor | None:
+        if parameter not in squares:
+            return None
+        return (parameter.detach().double() ** 2 * squares[parameter]).cpu()
+
     found: list[Scores] = []
     for group in groups:
         total, held = np.zeros(group.width), False
         for member in group.members:
-            layer = layers[member.layer]
-            if not isinstance(layer, SCALING) or f"{member.layer}.weight" not in squares:
-                continue
-            held = True
-            weight = layer.weight.detach().double() ** 2 * squares[f"{member.layer}.weight"]
-            change = by_channel(layer, member.side, weight.cpu()).sum(dim=1)
-            bias = layer._parameters.get("bias")  # noqa: SLF001 - None where the layer has none
-            if member.side == "out" and bias is not None and f"{member.layer}.bias" in squares:
-                change = change + (bias.detach().double() ** 2 * squares[f"{member.layer}.bias"]).cpu()
-            total += by_root(chosen(change, member), member, group.width)
+            change = channel_sums(layers[member.layer], member.side, second_order)
+            if change is not None:
+                held = True
+                total += by_root(chosen(change, member), member, group.width)
         found.append(checked(total / (2 * images_seen), group) if held else None)
     return found
 
@@ -76,8 +74,8 @@ def group_fisher(
     """``mean((dL/dm) ** 2)`` for a mask m that scales a channel wherever it is read.
 
     Liu et al., "Group Fisher Pruning for Practical Network Compression" (ICML 2021): the readers' terms
-    of one image are added before they are squared, so what they share is counted. The division by memory is
-    left to the allocation, which knows costs.
+    of one image are added before they are squared, so what they share is counted. The paper's division by the memory
+    that a channel takes is left out.
 
     Args:
         model: In evaluation mode; its gradients are cleared.
@@ -94,7 +92,8 @@ def group_fisher(
         for index, (group, members) in enumerate(zip(groups, readers, strict=True)):
             change = np.zeros(group.width)
             for member in members:
-                part = _mask_gradient(layers[member.layer], member)
+                # Scaling what a layer reads is scaling the weights that read it.
+                part = first_order(layers[member.layer], member)
                 if part is not None:
                     change += by_root(part, member, group.width)
             totals[index] += change**2
@@ -103,15 +102,6 @@ def group_fisher(
         checked(total / images_seen, group) if members else None
         for total, group, members in zip(totals, groups, readers, strict=True)
     ]
-
-
-def _mask_gradient(layer: nn.Module, member: Member) -> npt.NDArray[np.float64] | None:
-    """dL/dm of what a layer reads: scaling an input is scaling the weights that read it."""
-    weight = layer._parameters.get("weight")  # noqa: SLF001 - None where the layer has none
-    if weight is None or weight.grad is None or not isinstance(layer, MIXING):
-        return None
-    products = (weight.detach().double() * weight.grad.double()).cpu()
-    return chosen(by_channel(layer, "in", products).sum(dim=1), member)
 
 
 def _single_gradients(

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.pruning.groups import ChannelGroup, Member
-from deploycnn.pruning.layers import BATCH_NORMS, MIXING, by_channel
+from deploycnn.pruning.layers import BATCH_NORMS, MIXING, Side, by_channel
 
 #: One score per channel of a group, shape (group.width,), higher is more important; ``None`` where the
 #: criterion has nothing to go by.
@@ -54,16 +54,12 @@ def group_norm(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Scores]
     for group in groups:
         total, held = np.zeros(group.width), False
         for member in group.members:
-            layer = layers[member.layer]
-            weight = layer._parameters.get("weight")  # noqa: SLF001 - as above
-            if weight is None or not isinstance(layer, SCALING):
-                continue
-            held = True
-            squares = by_channel(layer, member.side, weight.detach().double().cpu() ** 2).sum(dim=1)
-            bias = layer._parameters.get("bias")  # noqa: SLF001 - as above
-            if member.side == "out" and bias is not None:
-                squares = squares + bias.detach().double().cpu() ** 2
-            total += by_root(chosen(squares, member), member, group.width)
+            squares = channel_sums(
+                layers[member.layer], member.side, lambda p: p.detach().double().cpu() ** 2
+            )
+            if squares is not None:
+                held = True
+                total += by_root(chosen(squares, member), member, group.width)
         found.append(checked(np.sqrt(total), group) if held else None)
     return found
 
@@ -107,7 +103,7 @@ def taylor(
         functional.cross_entropy(model(images), labels, reduction="sum").backward()
         for index, group in enumerate(groups):
             for member in group.members:
-                change = _first_order(layers[member.layer], member)
+                change = first_order(layers[member.layer], member)
                 if change is not None:
                     sums = by_root(change, member, group.width)
                     totals[index] += np.abs(sums)
@@ -124,17 +120,38 @@ def taylor(
     ]
 
 
-def _first_order(layer: nn.Module, member: Member) -> npt.NDArray[np.float64] | None:
-    """sum(w * dL/dw) over the parameters of each of a member's channels, shape (M,)."""
+def first_order(layer: nn.Module, member: Member) -> npt.NDArray[np.float64] | None:
+    """``sum(w * dL/dw)`` over the parameters of each of a member's channels, shape (M,); ``None`` without gradients."""
+
+    def products(parameter: Tensor) -> Tensor | None:
+        grad = parameter.grad
+        return None if grad is None else (parameter.detach().double() * grad.double()).cpu()
+
+    change = channel_sums(layer, member.side, products)
+    return None if change is None else chosen(change, member)
+
+
+def channel_sums(layer: nn.Module, side: Side, value: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+    """Add up a value of the parameters that fall with each channel of a side.
+
+    Biases and shifts fall with the channels that a layer makes.
+
+    Args:
+        layer: Any.
+        side: Of it.
+        value: Of a parameter, in its shape; ``None`` where it does not count.
+
+    Returns:
+        Shape (channels of the side,); ``None`` where the layer's weight does not count or does not scale channels.
+    """
     weight = layer._parameters.get("weight")  # noqa: SLF001 - None where the layer has none
-    if weight is None or weight.grad is None or not isinstance(layer, SCALING):
+    values = value(weight) if weight is not None and isinstance(layer, SCALING) else None
+    if values is None:
         return None
-    products = (weight.detach().double() * weight.grad.double()).cpu()
-    change = by_channel(layer, member.side, products).sum(dim=1)
+    sums = by_channel(layer, side, values).sum(dim=1)
     bias = layer._parameters.get("bias")  # noqa: SLF001 - as above
-    if member.side == "out" and bias is not None and bias.grad is not None:
-        change = change + (bias.detach().double() * bias.grad.double()).cpu()
-    return chosen(change, member)
+    shifts = value(bias) if side == "out" and bias is not None else None
+    return sums if shifts is None else sums + shifts
 
 
 def _mean_over_members(

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deploycnn.pruning.groups import ChannelGroup
-from deploycnn.pruning.importance import SCALING
-from deploycnn.pruning.layers import by_channel
+from deploycnn.pruning.importance import channel_sums
 from deploycnn.training.losses import Loss
 from deploycnn.training.view import View
 
@@ -48,14 +47,9 @@ def squares(model: nn.Module, group: ChannelGroup) -> Tensor:
     device = next(model.parameters()).device
     total = torch.zeros(group.width, device=device)
     for member in group.members:
-        layer = model.get_submodule(member.layer)
-        weight = layer._parameters.get("weight")  # noqa: SLF001 - None where the layer has none
-        if weight is None or not isinstance(layer, SCALING):
+        values = channel_sums(model.get_submodule(member.layer), member.side, lambda p: p.float() ** 2)
+        if values is None:
             continue
-        values = by_channel(layer, member.side, weight.float() ** 2).sum(dim=1)
-        bias = layer._parameters.get("bias")  # noqa: SLF001 - as above
-        if member.side == "out" and bias is not None:
-            values = values + bias.float() ** 2
         picked = values[torch.as_tensor(member.channels, device=device)]
         total = total.index_add(0, torch.as_tensor(member.roots, device=device), picked)
     return total
