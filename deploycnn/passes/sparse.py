@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -36,6 +36,7 @@ class Sparse(Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
+    version: ClassVar[int] = 2
     main: ClassVar[str | None] = "pattern"
 
     pattern: Annotated[Literal["unstructured", "2:4"], "Zeros anywhere, or two of each four."]
@@ -47,11 +48,12 @@ class Sparse(Pass):
     ] = "global"
     gradual: Annotated[
         TrainingSettings | None,
-        "Train meanwhile (options as of `train`): zeros grow over 3/4 of it, fast at first. null: all at once.",
+        "Train meanwhile (options as of `train`; the last epoch is kept): zeros grow over 3/4 of it, fast at first. "
+        "null: all at once.",
     ] = None
     permute: Annotated[bool, "2:4: reorder channels first, so that fewer large weights are lost."] = True
     gpu: Annotated[str | None, "2:4: GPU to forecast for, by name (A100) or compute capability (8.6)."] = None
-    protect: Annotated[tuple[str, ...], "Names of layers or modules whose weights stay."] = ()
+    protect: Annotated[tuple[str, ...], "Names of layers or modules that get no zeros."] = ()
 
     def __post_init__(self) -> None:
         if (self.pattern == "unstructured") != (self.sparsity is not None):
@@ -60,6 +62,11 @@ class Sparse(Pass):
         if self.pattern == "2:4" and self.gradual is not None:
             raise RecipeError(
                 "sparse.gradual: goes with pattern unstructured; 2:4 is made at once, `train` recovers"
+            )
+        if self.gradual is not None and (self.gradual.max_minutes or self.gradual.early_stopping_patience):
+            raise RecipeError(
+                "sparse.gradual: zeros grow by a schedule over all `epochs`, so it cannot end sooner; leave "
+                "max_minutes and early_stopping_patience out"
             )
         if self.pattern == "unstructured" and self.gpu is not None:
             raise RecipeError("sparse.gpu: the forecast is for pattern 2:4; leave it out")
@@ -75,16 +82,25 @@ class Sparse(Pass):
         """
         from deploycnn.models.artifact import load_model, save_model
         from deploycnn.pruning import sparsity
+        from deploycnn.training import artifact
 
-        if ctx.data is not None:
-            ctx.data.preprocessing.check_same(source.facts.preprocessing, "sparse")
-        model = load_model(source.path)
+        facts = source.facts
+        if self.gradual is not None:
+            data = artifact.needed_data(ctx, "sparse")
+            model = artifact.load_checked(source.path, facts, data, "sparse: the model")
+            facts = dataclasses.replace(
+                facts, preprocessing=data.preprocessing.to_json(), classes=data.dataset.classes
+            )
+        else:
+            if ctx.data is not None:
+                ctx.data.preprocessing.check_same(facts.preprocessing, "sparse")
+            model = load_model(source.path)
         layers = sparsity.weighty(model, self.protect)
         record: dict[str, Json] = {}
         if self.pattern == "2:4":
             done, tables = self._two_four(model, layers, source, ctx)
         else:
-            done, tables = self._unstructured(model, layers, source, ctx, record)
+            done, tables = self._unstructured(model, layers, ctx, record)
         save_model(model, ctx.output)
         found = dataclasses.asdict(self) | {
             "gradual": self.gradual is not None,
@@ -105,7 +121,7 @@ class Sparse(Pass):
             len(done["layers"]),
         )
         facts = dataclasses.replace(
-            source.facts, size_bytes=(ctx.output / MAIN_FILE["torch"]).stat().st_size, record=record
+            facts, size_bytes=(ctx.output / MAIN_FILE["torch"]).stat().st_size, record=record
         )
         return Draft(format="torch", inputs=source.inputs, outputs=source.outputs, facts=facts)
 
@@ -113,7 +129,6 @@ class Sparse(Pass):
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        source: Artifact,
         ctx: Context,
         record: dict[str, Json],
     ) -> tuple[dict[str, Any], list[Table]]:
@@ -124,11 +139,11 @@ class Sparse(Pass):
         if self.gradual is None:
             sparsity.apply(layers, sparsity.magnitude_masks(layers, self.sparsity, self.scope))
         else:
-            record["training"] = self._train(model, tuple(layers), source, ctx)
+            record["training"] = self._train(model, tuple(layers), ctx)
         ctx.log.warning("sparse: %s", _NO_GAIN)
         return {"layers": tuple(layers), "speed_up": _NO_GAIN}, [_zeros_table(layers)]
 
-    def _train(self, model: nn.Module, names: tuple[str, ...], source: Artifact, ctx: Context) -> Json:
+    def _train(self, model: nn.Module, names: tuple[str, ...], ctx: Context) -> Json:
         from deploycnn.pruning import sparsity
         from deploycnn.training import artifact, feed
         from deploycnn.training.loop import fit
@@ -137,7 +152,6 @@ class Sparse(Pass):
         if self.gradual is None or self.sparsity is None:
             raise TypeError("called for gradual training only")
         data = artifact.needed_data(ctx, "sparse")
-        artifact.load_checked(source.path, source.facts, data, "sparse: the model")
         # An earlier epoch is better on val because it has fewer zeros.
         settings = dataclasses.replace(self.gradual, keep="last")
         steps = settings.epochs * feed.count_steps(len(data.dataset.train), settings.batch_size)
@@ -178,13 +192,15 @@ class Sparse(Pass):
                 "2:4 weights bring no speed-up on CPUs; on NVIDIA GPUs since Ampere they can: name one as `gpu`"
             )
         if self.permute:
-            done["permutation"] = _permute(model, images, ctx)
-        sparsity.apply(able, {name: sparsity.two_four_mask(_weight(layer)) for name, layer in able.items()})
+            done["permutation"] = _permute(model, images, able, ctx)
+        sparsity.apply(
+            able, {name: sparsity.two_four_mask(sparsity.weight_of(layer)) for name, layer in able.items()}
+        )
         return done, [*tables, _zeros_table(layers)]
 
 
-def _permute(model: nn.Module, images: torch.Tensor, ctx: Context) -> Json:
-    """Reorder channels; what the model computes must stay.
+def _permute(model: nn.Module, images: torch.Tensor, names: Collection[str], ctx: Context) -> Json:
+    """Reorder channels for the layers that will be 2:4; what the model computes must stay.
 
     Raises:
         RuntimeError: it does not: an error of ours.
@@ -203,7 +219,7 @@ def _permute(model: nn.Module, images: torch.Tensor, ctx: Context) -> Json:
         expected = copy.deepcopy(model).double()(trial.double())
         for index, group in enumerate(structure.groups):
             ctx.progress(index, len(structure.groups), "permuting channels")
-            found = permute_group(model, group, seed=ctx.seed)
+            found = permute_group(model, group, names, seed=ctx.seed)
             before_after += [found] if found is not None else []
         got = copy.deepcopy(model).double()(trial.double())
     if float((got - expected).abs().max()) > 1e-9 * float(expected.abs().max()):
@@ -219,13 +235,10 @@ def _permute(model: nn.Module, images: torch.Tensor, ctx: Context) -> Json:
 
 
 def _zeros_table(layers: Mapping[str, nn.Module]) -> Table:
+    from deploycnn.pruning import sparsity
+
     rows = tuple(
-        (name, int(_weight(layer).numel()), float((_weight(layer) == 0).float().mean()))
+        (name, sparsity.weight_of(layer).numel(), sparsity.zeros_ratio({name: layer}))
         for name, layer in layers.items()
     )
     return Table(title="Zeros by layer", columns=("layer", "weights", "share of zeros"), rows=rows)
-
-
-def _weight(layer: nn.Module) -> torch.Tensor:
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment] # convolutions and linear layers have one
-    return weight

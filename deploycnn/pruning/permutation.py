@@ -10,7 +10,7 @@ anew in the best of the 35 possible ways, the pair that gains most first, until 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from torch import nn
 from deploycnn.models.cifar_resnet import PadShortcut
 from deploycnn.pruning.groups import ChannelGroup, IntArray, Member
 from deploycnn.pruning.layers import MIXING, by_channel, is_depthwise, is_grouped, width
-from deploycnn.pruning.sparsity import why_not_two_four
+from deploycnn.pruning.sparsity import weight_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -96,21 +96,27 @@ def _best_split(sizes: Floats, stripes: IntArray, pair: tuple[int, int]) -> tupl
     return values[best] - now, np.stack([columns[list(_FOURS[one])], columns[list(_FOURS[other])]])
 
 
-def permute_group(model: nn.Module, group: ChannelGroup, *, seed: int = 0) -> tuple[float, float] | None:
-    """Reorder a group's channels in place, for its 2:4 readers.
+def permute_group(
+    model: nn.Module, group: ChannelGroup, names: Collection[str], *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Reorder a group's channels in place, for those of its readers that will be 2:4.
+
+    Args:
+        model: Its other layers keep what they compute.
+        group: Of its channels.
+        names: Layers that will be 2:4.
+        seed: As for :func:`search`.
 
     Returns:
-        Magnitude that 2:4 keeps of the readers before and after, or ``None`` where nothing is gained: no reader can be
-        2:4, or stripes cross the group's borders.
+        Magnitude that 2:4 keeps of the readers before and after, or ``None`` where nothing is gained: no reader will
+        be 2:4, or stripes cross the group's borders.
     """
     layers = dict(model.named_modules())
     readers = [
         m
         for m in group.members
         # Of a flattened map four inputs are pixels of one channel, which no order of channels changes.
-        if m.side == "in"
-        and len(m.channels) == len(np.unique(m.roots))
-        and why_not_two_four(layers[m.layer]) is None
+        if m.side == "in" and m.layer in names and len(m.channels) == len(np.unique(m.roots))
     ]
     if not readers or any(is_grouped(layers[m.layer]) for m in group.members):
         return None
@@ -158,7 +164,7 @@ def _rows(layers: Mapping[str, nn.Module], readers: Sequence[Member], roots: Int
     parts = []
     for reader in readers:
         layer = layers[reader.layer]
-        weight = by_channel(layer, "in", layer.weight.detach().float().cpu())  # type: ignore[operator] # a parameter
+        weight = by_channel(layer, "in", weight_of(layer).detach().float().cpu())
         place = dict(zip(reader.roots.tolist(), reader.channels.tolist(), strict=True))
         if all(int(root) in place for root in roots):
             parts.append(weight[[place[int(root)] for root in roots]].T.numpy())

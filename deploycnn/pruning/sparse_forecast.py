@@ -15,7 +15,7 @@ from torch import nn
 
 from deploycnn.core import Table
 from deploycnn.errors import PassRequirementError, nearest
-from deploycnn.pruning.sparsity import why_not_two_four
+from deploycnn.pruning.sparsity import weight_of, why_not_two_four
 
 #: Compute capabilities of GPUs by name (developer.nvidia.com/cuda-gpus).
 CAPABILITIES: Mapping[str, tuple[int, int]] = {
@@ -127,9 +127,7 @@ def _reason(layer: nn.Module, capability: tuple[int, int]) -> str | None:
     misfit = why_not_two_four(layer)
     if misfit is not None:
         return misfit
-    weight = layer.weight
-    outputs = int(weight.shape[0])  # type: ignore[index] # a parameter
-    inputs = int(weight[0].numel())  # type: ignore[index] # as above
-    if min(outputs, inputs) < _LEAST_CHANNELS:
+    weight = weight_of(layer)
+    if min(len(weight), weight[0].numel()) < _LEAST_CHANNELS:
         return f"too narrow for sparse kernels to win (fewer than {_LEAST_CHANNELS} outputs, or inputs times kernel)"
     return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deploycnn.errors import PassRequirementError
+from deploycnn.pruning.counting import counted
 from deploycnn.pruning.layers import CONVOLUTIONS, MIXING
 from deploycnn.pruning.structure import check_modules, is_inside
 
@@ -22,8 +23,8 @@ Scope = Literal["layer", "global"]
 #: Layer -> mask of its weight.
 Masks = Mapping[str, Tensor]
 
-#: Buffers that hold masks and the count of steps while weights are masked step by step. They are gone afterwards.
-_MASK, _STEP = "pruning_mask", "pruning_step"
+#: Buffer that holds a mask while weights are masked step by step. It is gone afterwards.
+_MASK = "pruning_mask"
 
 
 def weighty(model: nn.Module, protect: Sequence[str]) -> dict[str, nn.Module]:
@@ -58,7 +59,7 @@ def magnitude_masks(layers: Mapping[str, nn.Module], sparsity: float, scope: Sco
         sparsity: Share of weights to drop, in [0, 1].
         scope: "layer": this share of each layer. "global": of all together.
     """
-    sizes = {name: _weight(layer).detach().abs() for name, layer in layers.items()}
+    sizes = {name: weight_of(layer).detach().abs() for name, layer in layers.items()}
     if scope == "layer":
         return {name: _keep_largest(size, round(sparsity * size.numel())) for name, size in sizes.items()}
     joined = torch.cat([size.flatten() for size in sizes.values()])
@@ -79,8 +80,8 @@ def why_not_two_four(layer: nn.Module) -> str | None:
         return "a transposed convolution"
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
         return "a convolution in groups"
-    if _weight(layer).shape[1] % 4:
-        return f"{_weight(layer).shape[1]} input channels are no multiple of 4"
+    if weight_of(layer).shape[1] % 4:
+        return f"{weight_of(layer).shape[1]} input channels are no multiple of 4"
     return None
 
 
@@ -110,12 +111,12 @@ def apply(layers: Mapping[str, nn.Module], masks: Masks) -> None:
     """Write exact zeros."""
     with torch.no_grad():
         for name, mask in masks.items():
-            _weight(layers[name]).masked_fill_(~mask, 0.0)
+            weight_of(layers[name]).masked_fill_(~mask, 0.0)
 
 
 def zeros_ratio(layers: Mapping[str, nn.Module]) -> float:
     """Share of exact zeros among the layers' weights."""
-    weights = [_weight(layer) for layer in layers.values()]
+    weights = [weight_of(layer) for layer in layers.values()]
     return float(sum(int((weight == 0).sum()) for weight in weights) / sum(w.numel() for w in weights))
 
 
@@ -138,8 +139,7 @@ def gradually(
     """
     layers = {name: model.get_submodule(name) for name in names}
     for layer in layers.values():
-        layer.register_buffer(_MASK, torch.ones_like(_weight(layer), dtype=torch.bool))
-    model.register_buffer(_STEP, torch.zeros((), dtype=torch.int64))
+        layer.register_buffer(_MASK, torch.ones_like(weight_of(layer), dtype=torch.bool))
     every = max(1, steps // 100)
 
     def masks() -> dict[str, Tensor]:
@@ -150,29 +150,28 @@ def gradually(
         apply(layers, masks())
         if not module.training:
             return
-        count = module.get_buffer(_STEP)
-        step = int(count)
+        step = count() - 1
         if step <= steps and (step % every == 0 or step == steps):
             wanted = magnitude_masks(layers, cubic(step, steps, 0.0, sparsity), scope)
             for name, layer in layers.items():
                 # Zeros sort first, so masks only shrink, but for a weight that momentum moved off zero.
                 layer.get_buffer(_MASK).logical_and_(wanted[name])
             apply(layers, masks())
-        count.add_(1)
 
-    handle = model.register_forward_pre_hook(before)
-    try:
-        yield
-        apply(layers, masks())
-        apply(layers, magnitude_masks(layers, sparsity, scope))
-    finally:
-        handle.remove()
-        for layer in layers.values():
-            delattr(layer, _MASK)
-        delattr(model, _STEP)
+    with counted(model) as count:
+        handle = model.register_forward_pre_hook(before)
+        try:
+            yield
+            apply(layers, masks())
+            apply(layers, magnitude_masks(layers, sparsity, scope))
+        finally:
+            handle.remove()
+            for layer in layers.values():
+                delattr(layer, _MASK)
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a convolution or linear layer."""
     weight = layer.weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(layer).__name__} has no weight")

@@ -93,6 +93,8 @@ def test_gradual_sparsity_trains_to_its_goal(tmp_path: Path) -> None:
     epochs = made.facts.record["training"]["epochs"]
     assert len(epochs) == 2
     assert made.facts.record["training"]["kept_epoch"] == 2
+    assert made.facts.classes == DATA.dataset.classes
+    assert made.facts.preprocessing == DATA.preprocessing.to_json()
 
 
 def test_two_four_of_a_cifar_resnet(tmp_path: Path) -> None:
@@ -141,6 +143,14 @@ def test_protected_layers_stay_dense(tmp_path: Path) -> None:
         ({"pattern": "unstructured", "sparsity": 0.5, "gpu": "A100"}, "gpu: the forecast is for pattern 2:4"),
         ({"pattern": "unstructured", "sparsity": 1.0}, "less than 1"),
         ({"pattern": "unstructured", "sparsity": 0.5, "gradual": {"epoch": 3}}, 'did you mean "epochs"'),
+        (
+            {"pattern": "unstructured", "sparsity": 0.5, "gradual": {"max_minutes": 5}},
+            "leave max_minutes and early_stopping_patience out",
+        ),
+        (
+            {"pattern": "unstructured", "sparsity": 0.5, "gradual": {"early_stopping_patience": 2}},
+            "leave max_minutes and early_stopping_patience out",
+        ),
         ({"pattern": "4:8"}, "unstructured"),
     ],
 )

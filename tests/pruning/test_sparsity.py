@@ -209,7 +209,9 @@ def test_reordered_channels_compute_the_same_and_lose_less(net: type[nn.Module],
         )
 
     before = kept()
-    found = [permutation.permute_group(model, group) for group in analyse(model, images.float()).groups]
+    found = [
+        permutation.permute_group(model, group, layers) for group in analyse(model, images.float()).groups
+    ]
     torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
     gains = [pair[1] - pair[0] for pair in found if pair is not None]
     assert kept() - before == pytest.approx(sum(gains), rel=1e-4)
@@ -217,6 +219,17 @@ def test_reordered_channels_compute_the_same_and_lose_less(net: type[nn.Module],
     assert min(gains, default=1) > 0
     moved = {name: sorted(value.flatten().tolist()) for name, value in model.state_dict().items()}
     assert moved == {name: sorted(value.flatten().tolist()) for name, value in weights.items()}
+
+
+def test_only_layers_that_will_be_two_four_have_a_say_in_the_order() -> None:
+    model = nets.lively(nets.Residual(16, 32))
+    (inner,) = [group for group in analyse(model, nets.images()).groups if group.name == "conv1"]
+    readers = {member.layer for member in inner.members if member.side == "in"}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    others = layers_of(model).keys() - readers
+    assert permutation.permute_group(model, inner, others) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert permutation.permute_group(model, inner, readers) is not None
 
 
 def test_forecast_by_gpu_and_shape() -> None:
