@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
+from deploycnn.files import write_json
 from deploycnn.models.artifact import get_architecture, load_model, save_model
 from deploycnn.models.macs import count_macs
 from deploycnn.pruning.importance import Criterion
@@ -47,7 +48,8 @@ def prune_in_steps(
         seed: As for ``prune``.
 
     Returns:
-        The model and what was done; "steps" has an entry per cut.
+        The model and what was done; "steps" has an entry per cut, without "training" where nothing was cut because
+        the cut before went far enough.
 
     Raises:
         PassRequirementError: see ``prune``.
@@ -60,14 +62,16 @@ def prune_in_steps(
     for step in range(done + 1, steps + 1):
         left = 1.0
         if record:
-            left = (
-                record["macs_after"] / first_macs
-                if goal.macs_ratio is not None
-                else 1 - record["removed_ratio"]
-            )
-        cut = prune(model, images, criterion, _part(goal, left, step, steps), seed=seed)
+            left = record["macs_ratio"] if goal.macs_ratio is not None else 1 - record["pruning_ratio"]
+        part = _part(goal, left, step, steps)
+        if part.macs_ratio == 1.0 or part.pruning_ratio == 0.0:
+            # Widths come in multiples: the cut before took this one's share along.
+            reached = {name: record[name] for name in ("macs_ratio", "pruning_ratio")}
+            record = {**record, "steps": [*record["steps"], reached]}
+            continue
+        cut = prune(model, images, criterion, part, seed=seed)
         now = widths(model)
-        removed = 1 - (1 - (record["removed_ratio"] if record else 0.0)) * (1 - cut["pruning_ratio"])
+        removed = 1 - (1 - (record["pruning_ratio"] if record else 0.0)) * (1 - cut["pruning_ratio"])
         entry = {"macs_ratio": cut["macs_after"] / first_macs, "pruning_ratio": removed}
         if step < steps:
             entry["training"] = tune(model, step)
@@ -77,7 +81,6 @@ def prune_in_steps(
             "macs_ratio": cut["macs_after"] / first_macs,
             "params_before": record["params_before"] if record else cut["params_before"],
             "pruning_ratio": removed,
-            "removed_ratio": removed,
             "widths": {
                 name: {"before": list(first_widths[name]), "after": list(width)}
                 for name, width in now.items()
@@ -87,7 +90,7 @@ def prune_in_steps(
         }
         if step < steps:
             _keep(model, record, scratch / f"step-{step}")
-    return model, {name: value for name, value in record.items() if name != "removed_ratio"}
+    return model, record
 
 
 def _part(goal: Goal, left: float, step: int, steps: int) -> Goal:
@@ -106,8 +109,8 @@ def _part(goal: Goal, left: float, step: int, steps: int) -> Goal:
 def _keep(model: nn.Module, record: Json, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder, get_architecture(model))
-    # Last, so that a folder with it is whole.
-    (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    # Last and at once, so that a folder with it is whole.
+    write_json(folder / "record.json", record)
 
 
 def _continued(scratch: Path, steps: int) -> tuple[Json, int]:
