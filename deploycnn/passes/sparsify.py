@@ -28,11 +28,15 @@ _RAMP = 0.75
 class Sparsify(TrainingSettings, Pass):
     """Train with a penalty on whole channels, in the groups in which `prune` removes them; `prune` should follow.
 
-    group_lasso: Wen et al. 2016, all channels. growing: Wang et al. 2021, those that `prune` would cut.
+    group_lasso: Wen et al. 2016, all channels. growing: Wang et al. 2021, those with the smallest norm now.
+
+    Raises:
+        ValueError: `growing` is given a training that may end before its schedule.
     """
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
     default_lr: ClassVar[Mapping[Optimizer, float]] = {"sgd": 0.02, "adamw": 2e-4}
 
@@ -50,6 +54,14 @@ class Sparsify(TrainingSettings, Pass):
         "last"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "growing" and (self.max_minutes or self.early_stopping_patience):
+            raise ValueError(
+                "growing follows a schedule over all `epochs`, so it cannot end sooner; leave max_minutes and "
+                "early_stopping_patience out, or choose group_lasso"
+            )
+
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Train ``source``; the history is recorded under "training", what became small under "sparsified".
 
@@ -61,7 +73,7 @@ class Sparsify(TrainingSettings, Pass):
         import torch
 
         from deploycnn.models.artifact import save_model
-        from deploycnn.pruning import regularization
+        from deploycnn.pruning import regularization, zeros
         from deploycnn.pruning.counting import counted
         from deploycnn.pruning.structure import analyse, shrunk
         from deploycnn.training import artifact, feed
@@ -79,6 +91,7 @@ class Sparsify(TrainingSettings, Pass):
                 "sparsify: no channel of this model can be pruned, so there is nothing to shrink"
             )
         before = [regularization.share_small(model, group) for group in groups]
+        zeros.keep_zeros(model, zeros.meant(ctx.lineage))
         steps = self.epochs * feed.count_steps(len(data.dataset.train), self.batch_size)
         with counted(model) as count:
             loss = regularization.Regularized(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from deploycnn.core import Artifact
 
@@ -28,8 +28,19 @@ def keep_zeros(model: nn.Module, names: Sequence[str]) -> int:
             continue
         zero = layer.weight.detach() == 0
         held += int(zero.sum())
-        layer.weight.register_hook(lambda grad, zero=zero: grad.masked_fill(zero.to(grad.device), 0.0))
+        layer.weight.register_hook(_masked(zero))
     return held
+
+
+def _masked(zero: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes gradients zero where ``zero`` is true; the mask follows the gradient's device once."""
+
+    def of(grad: Tensor) -> Tensor:
+        nonlocal zero
+        zero = zero.to(grad.device)
+        return grad.masked_fill(zero, 0.0)
+
+    return of
 
 
 def meant(lineage: Sequence[Artifact]) -> tuple[str, ...]:

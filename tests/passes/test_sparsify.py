@@ -13,6 +13,7 @@ from deploycnn.errors import RecipeError
 from deploycnn.models.artifact import load_model
 from deploycnn.passes import prune as prune_pass
 from deploycnn.passes.prune import Prune
+from deploycnn.passes.sparse import Sparse
 from deploycnn.passes.sparsify import Sparsify
 from deploycnn.pruning import regularization
 from deploycnn.pruning.structure import analyse
@@ -45,6 +46,27 @@ def test_penalty_makes_channels_small(method: Any, strength: float, tmp_path: Pa
     assert float(sizes["strong"][:half].mean()) < 0.9 * float(sizes["weak"][:half].mean())
     if method == "growing":  # the others are left alone
         assert float(sizes["strong"][-1]) > 0.8 * float(sizes["weak"][-1])
+
+
+def test_zeros_that_were_meant_stay(tmp_path: Path) -> None:
+    source = make_artifact(tmp_path / "source")
+    where = context(tmp_path / "sparse", data=DATA)
+    thin = as_artifact(Sparse(pattern="unstructured", sparsity=0.6).run(source, where), where.output)
+    where = context(tmp_path / "sparsify", data=DATA, lineage=(thin,))
+    made = as_artifact(Sparsify(**QUICK).run(thin, where), where.output)
+    before, after = load_model(thin.path).state_dict(), load_model(made.path).state_dict()
+    for name in (f"{layer}.weight" for layer in thin.facts.record["sparsity"]["layers"]):
+        assert torch.equal(before[name] == 0, after[name] == 0)
+        assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("early", [{"max_minutes": 1}, {"early_stopping_patience": 2}])
+def test_growing_cannot_end_before_its_schedule(early: dict[str, Any]) -> None:
+    with pytest.raises(
+        RecipeError, match=r"growing follows a schedule.*leave max_minutes and early_stopping"
+    ):
+        schema.build(Sparsify, {"method": "growing", **early}, "sparsify")
+    assert schema.build(Sparsify, early, "sparsify").method == "group_lasso"
 
 
 def test_sparsify_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
