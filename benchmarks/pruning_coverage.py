@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,8 +28,8 @@ TIMM = (
     "regnety_008", "mobilenetv3_small_100", "mobilenetv4_conv_small", "efficientnet_b1", "efficientnetv2_rw_t",
     "ghostnet_100", "mixnet_s", "mnasnet_100", "dla34", "cspresnet50", "vovnet39a", "convnext_atto", "hardcorenas_a",
 )  # fmt: skip
-#: Sides that nets need where the default is too small.
-SIDES = {"alexnet": 96, "vgg16": 64}
+#: Sides that nets need at least.
+LEAST_SIDES = {"alexnet": 96, "vgg16": 64}
 
 RELOAD = """
 import sys, numpy, torch
@@ -105,7 +104,7 @@ def main() -> None:
         kind, net = arguments.one
         with TemporaryDirectory() as folder:
             try:
-                found = one(kind, net, SIDES.get(net, arguments.side), Path(folder))
+                found = one(kind, net, max(arguments.side, LEAST_SIDES.get(net, 0)), Path(folder))
             except DeployCNNError as error:
                 found = {"refused": str(error)}
         print(json.dumps(found))
@@ -119,7 +118,7 @@ def main() -> None:
             continue
         started = time.monotonic()
         command = [sys.executable, __file__, "--side", str(arguments.side), "--one", kind, net]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = done.stdout.strip().splitlines()
         failed = {"failed": done.stderr.strip().splitlines()[-1:] or ["killed"]}
         results[f"{kind}/{net}"] = json.loads(lines[-1]) if done.returncode == 0 and lines else failed
