@@ -30,6 +30,7 @@ class DropBlocks(Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
+    version: ClassVar[int] = 2
     main: ClassVar[str | None] = "count"
 
     count: Annotated[

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class Missed:
 
     Attributes:
         name: Of the module.
-        loss_increase: Mean cross-entropy on training images without it, less that with it; when it was looked at last.
+        loss_increase: Mean cross-entropy on training images without it and those dropped before it was last looked
+            at, less that of the whole model.
         dropped: Whether it is gone.
     """
 
@@ -45,7 +47,8 @@ def droppable(model: nn.Module, images: Tensor) -> tuple[str, ...]:
         images: Example input, (N, C, H, W).
     """
     calls: Counter[str] = Counter()
-    seen: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    shapes: dict[str, torch.Size] = {}
     handles = []
     for name, module in model.named_modules():
         if not name or not any(
@@ -53,13 +56,17 @@ def droppable(model: nn.Module, images: Tensor) -> tuple[str, ...]:
         ):
             continue
 
-        def note(_: nn.Module, inputs: tuple[object, ...], output: object, name: str = name) -> None:
+        def before(_: nn.Module, inputs: tuple[object, ...], name: str = name) -> None:
             calls[name] += 1
-            value = inputs[0] if len(inputs) == 1 else None
-            if isinstance(value, Tensor) and isinstance(output, Tensor) and value.shape == output.shape:
-                seen[name] = value
+            # Looked at before the module runs, which may write into its input.
+            if len(inputs) == 1 and isinstance(inputs[0], Tensor):
+                values[name] = _like(inputs[0])
 
-        handles.append(module.register_forward_hook(note))
+        def after(_: nn.Module, __: object, output: object, name: str = name) -> None:
+            if isinstance(output, Tensor):
+                shapes[name] = output.shape
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
         with torch.no_grad():
             forward(model, images)
@@ -68,28 +75,33 @@ def droppable(model: nn.Module, images: Tensor) -> tuple[str, ...]:
             handle.remove()
     found = [
         name
-        for name, value in seen.items()
-        if calls[name] == 1 and _passes_on(model.get_submodule(name), value)
+        for name, value in values.items()
+        if calls[name] == 1
+        and shapes.get(name) == value.shape
+        and _passes_on(model.get_submodule(name), value)
     ]
     inner_most = {name for name in found if not any(other.startswith(name + ".") for other in found)}
     return tuple(name for name, _ in model.named_modules() if name in inner_most)
 
 
-def _passes_on(block: nn.Module, value: Tensor) -> bool:
-    """Whether a block with all parameters zero gives its input back; ``value`` is such an input.
+def _like(value: Tensor) -> Tensor:
+    """Random numbers in the place of an input, as a gate gives back the zeros that a branch makes before training.
 
-    Random numbers in its place, as a gate gives back the zeros that a branch makes before training. Signs stay possible
-    ones: behind a ReLU there are no negative numbers.
+    Signs stay possible ones: behind a ReLU there are no negative numbers.
     """
+    drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    return drawn if bool((value >= 0).all()) else 2 * drawn - 1
+
+
+def _passes_on(block: nn.Module, value: Tensor) -> bool:
+    """Whether a block with all parameters zero gives its input back."""
     if isinstance(block, torch.fx.GraphModule):
         return False
-    drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-    value = drawn if bool((value >= 0).all()) else 2 * drawn - 1
     silent = copy.deepcopy(block)
     with torch.no_grad():
         for parameter in silent.parameters():
             parameter.zero_()
-        return torch.equal(silent(value), value)
+        return torch.equal(silent(value.clone()), value)
 
 
 def rank_and_drop(
@@ -119,7 +131,8 @@ def rank_and_drop(
     base = _loss(model, batches())
     for _ in range(count):
         for name in left:
-            increases[name] = _loss_without(model, name, batches()) - base
+            with _without(model, name):
+                increases[name] = _loss(model, batches()) - base
             tried += 1
             progress(tried, trials)
         least = min(left, key=lambda name: increases[name])
@@ -143,13 +156,15 @@ def _loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     return total / seen
 
 
-def _loss_without(model: nn.Module, name: str, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Of the model while a block passes its input on."""
-    handle = model.get_submodule(name).register_forward_hook(lambda _module, inputs, _output: inputs[0])
+@contextmanager
+def _without(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, a block is dropped."""
+    block = model.get_submodule(name)
+    drop(model, (name,))
     try:
-        return _loss(model, batches)
+        yield
     finally:
-        handle.remove()
+        model.set_submodule(name, block)
 
 
 def check_names(model: nn.Module, candidates: Sequence[str], names: Sequence[str]) -> None:

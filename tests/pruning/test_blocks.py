@@ -93,6 +93,32 @@ def test_a_gate_on_a_branch_that_starts_silent_is_no_block() -> None:
     assert droppable(model, nets.images()) == ("2",)
 
 
+def test_a_block_that_writes_into_its_input_is_judged_by_what_came_in() -> None:
+    class Block(nn.Module):
+        def __init__(self, rectifies: bool) -> None:
+            super().__init__()
+            self.conv, self.rectifies = nn.Conv2d(8, 8, 1), rectifies
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.rectifies:  # the shortcut carries what is left of x, so an identity is something else
+                x.relu_()
+            x += self.conv(x)
+            return x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), Block(rectifies=True), Block(rectifies=False), nn.Flatten(), nn.Linear(512, 5)
+    ).eval()
+    images, labels = nets.images(8, count=4), torch.arange(4)
+    assert droppable(model, images) == ("2",)
+    twin = copy.deepcopy(model)
+    delta.drop(twin, ("2",))
+    expected = loss(twin, images, labels) - loss(model, images, labels)
+    (found,) = rank_and_drop(model, ("2",), 1, lambda: [(images, labels)])
+    assert found.loss_increase == pytest.approx(expected, rel=1e-4)
+    assert abs(expected) > 1e-4
+
+
 def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     with torch.no_grad():
         return float(functional.cross_entropy(model(images), labels))
