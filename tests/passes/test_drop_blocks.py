@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from deploycnn.errors import PassRequirementError, RecipeError
 from deploycnn.models.artifact import load_model
 from deploycnn.models.macs import count_macs
 from deploycnn.passes.drop_blocks import DropBlocks
-from tests.passes.test_prune import RELOAD, context, made_by, noise
+from tests.passes.conftest import FreshLogits
+from tests.passes.test_prune import context, made_by, noise
 
 
 @pytest.fixture
@@ -25,16 +24,10 @@ def resnet(tmp_path: Path) -> Artifact:
     return made_by("source", "zoo", {"name": "resnet20"}, context(tmp_path / "source", data=noise()))
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
-def test_dropped_then_pruned_and_exported_reloads_bit_for_bit(resnet: Artifact, tmp_path: Path) -> None:
+def test_dropped_then_pruned_and_exported_reloads_bit_for_bit(
+    resnet: Artifact, fresh_logits: FreshLogits, tmp_path: Path
+) -> None:
     options = {"count": 2, "importance_images": 40}
     shallow = made_by("pass", "drop_blocks", options, context(tmp_path / "d", data=noise()), resnet)
     record = shallow.facts.record["blocks"]
@@ -50,10 +43,7 @@ def test_dropped_then_pruned_and_exported_reloads_bit_for_bit(resnet: Artifact, 
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         expected = load_model(pruned.path)(images).numpy()
-    np.save(tmp_path / "images.npy", images.numpy())
-    arguments = [pruned.path, tmp_path / "images.npy", tmp_path / "logits.npy"]
-    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+    np.testing.assert_array_equal(fresh_logits(pruned.path, images), expected)
 
 
 def test_blocks_by_name_need_no_data(resnet: Artifact, tmp_path: Path) -> None:

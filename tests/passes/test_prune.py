@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from deploycnn.errors import PassRequirementError, PreprocessingError, RecipeErr
 from deploycnn.models.artifact import load_model
 from deploycnn.models.macs import count_macs, count_params
 from deploycnn.passes.prune import Prune
+from tests.passes.conftest import FreshLogits
 
 
 class Noise:
@@ -222,36 +222,15 @@ def test_module_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-RELOAD = """
-import sys, numpy, torch
-torch.set_num_threads(1)
-from deploycnn.models.artifact import load_model
-model = load_model(sys.argv[1])
-with torch.no_grad():
-    logits = model(torch.from_numpy(numpy.load(sys.argv[2])))
-numpy.save(sys.argv[3], logits.numpy())
-"""
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The bits of a sum depend on how many threads share it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
-def test_fresh_process_computes_the_same_bits(resnet: Artifact, tmp_path: Path) -> None:
+def test_fresh_process_computes_the_same_bits(
+    resnet: Artifact, fresh_logits: FreshLogits, tmp_path: Path
+) -> None:
     pruned = made_by("pass", "prune", {"macs_ratio": 0.5, "scope": "global"}, context(tmp_path / "p"), resnet)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         expected = load_model(pruned.path)(images).numpy()
-    np.save(tmp_path / "images.npy", images.numpy())
-    arguments = [pruned.path, tmp_path / "images.npy", tmp_path / "logits.npy"]
-    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+    np.testing.assert_array_equal(fresh_logits(pruned.path, images), expected)
 
 
 def test_a_pruned_model_can_be_pruned_again(resnet: Artifact, tmp_path: Path) -> None:
