@@ -73,14 +73,14 @@ def sensitivity(
     for group, score in zip(groups, scores, strict=True):
         found: list[float | None] = []
         for ratio in ratios:
-            done += 1
             if score is None:
                 found.append(None)
-                continue
-            lost = _least(group.units, score, ratio)
-            pruned = sharing(model)
-            remove(pruned, removals([(group, lost)]))
-            found.append(top1(pruned.eval()))
+            else:
+                lost = _least(group.units, score, ratio)
+                pruned = sharing(model)
+                remove(pruned, removals([(group, lost)]))
+                found.append(top1(pruned.eval()))
+            done += 1
             progress(done, len(groups) * len(ratios))
         rows.append((group.name, group.width, *found))
     columns = ("group", "channels", *(f"val top-1 without {ratio:.0%}" for ratio in ratios))

@@ -8,7 +8,7 @@ batch by batch and not kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -128,19 +128,18 @@ def _measured(
     name: str,
 ) -> list[Scores]:
     watches = [_Watch(group) for group in groups]
-    places: list[tuple[_Watch, Member]] | None = None
     seen = 0
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as watching:
         for images, _ in batches:
-            if places is None:
+            if not seen:
                 pixels = _pixels(model, groups, images[:1])
                 places = [
                     (watch, member)
                     for watch, group in zip(watches, groups, strict=True)
                     for member in _places(group, pixels)
                 ]
-            with _observed(model, places, measure):
-                model(images)
+                watching.enter_context(_observed(model, places, measure))
+            model(images)
             seen += len(images)
             progress(seen)
     if not seen:
@@ -186,7 +185,7 @@ def _pixels(model: nn.Module, groups: Sequence[ChannelGroup], image: Tensor) -> 
 
 @contextmanager
 def _observed(model: nn.Module, places: Sequence[tuple[_Watch, Member]], measure: Measure) -> Iterator[None]:
-    """Measure all places during one run of the model."""
+    """Inside, all places are measured whenever the model runs."""
     handles = []
     for watch, member in places:
 
