@@ -35,8 +35,8 @@ Importance = Literal[
 #: Fields of which exactly one is set.
 _GOALS = ("pruning_ratio", "macs_ratio", "params_ratio", "latency_ratio")
 
-#: Those that look at images of the training split.
-_WITH_IMAGES = ("taylor", "fisher", "group_fisher", "hrank", "chip")
+#: Those that look at no images of the training split.
+_OF_WEIGHTS = ("magnitude", "group_norm", "bn_scale", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Prune(Pass):
     ] = None
     importance: Annotated[
         Importance,
-        "What the least important channels are told by; taylor, fisher, hrank and chip look at training images.",
+        "What the least important channels are told by; taylor, the fishers, hrank and chip look at training images.",
     ] = "magnitude"
     norm: Annotated[Literal["l1", "l2"], "Of the weights, for `importance: magnitude`."] = "l2"
     importance_images: Annotated[int, Gt(0), "Training images for an importance that looks at them."] = 512
@@ -131,7 +131,7 @@ class Prune(Pass):
             )
         # So that a recipe without data is refused before any work is done.
         object.__setattr__(
-            self, "needs_data", self.importance in _WITH_IMAGES or self.steps > 1 or self.sensitivity
+            self, "needs_data", self.importance not in _OF_WEIGHTS or self.steps > 1 or self.sensitivity
         )
         object.__setattr__(self, "timing_decides", self.latency_ratio is not None)
 

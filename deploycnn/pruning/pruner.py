@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deploycnn.core import Json
-from deploycnn.errors import PassRequirementError, nearest
+from deploycnn.errors import PassRequirementError
 from deploycnn.models.macs import count_macs, count_params
 from deploycnn.pruning.allocation import (
     Ladder,
@@ -29,12 +29,16 @@ from deploycnn.pruning.importance import Criterion, Scores
 from deploycnn.pruning.latency_goal import LatencyGoal
 from deploycnn.pruning.layers import widths
 from deploycnn.pruning.params_goal import steps_for_params
-from deploycnn.pruning.structure import Structure, analyse, is_inside, shrunk, suggestions
+from deploycnn.pruning.structure import Structure, analyse, check_modules, is_inside, shrunk
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, removals, remove
 from deploycnn.pruning.tracing import forward
 
 #: Widths are multiples of this where neither the recipe nor the target says another number.
 DEFAULT_STEP = 8
+
+
+class NothingToRemoveError(PassRequirementError):
+    """A goal that is reached before any channel is removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +147,8 @@ def _shapes(model: nn.Module, images: Tensor, when: str) -> list[tuple[int, ...]
 
 def _check_ratios(model: nn.Module, structure: Structure, ratios: Mapping[str, float]) -> None:
     """Every name in ``ratios`` must be a module in which something can be pruned."""
-    named = {name: None for name, _ in model.named_modules() if name}
+    check_modules(model, ratios, "prune.ratios")
     for name in ratios:
-        if name not in named:
-            raise PassRequirementError(
-                f'prune.ratios: the model has no module "{name}"; {nearest(name, suggestions(named, name))}'
-            )
         if not any(is_inside(layer, name) for group in structure.groups for layer in group.producers):
             reasons = [
                 p.reason for p in structure.protected if any(is_inside(layer, name) for layer in p.layers)
@@ -196,7 +196,8 @@ def _losses(
     """The channels that each group loses.
 
     Raises:
-        PassRequirementError: the goal cannot be reached, or asks for nothing.
+        PassRequirementError: the goal cannot be reached.
+        NothingToRemoveError: it asks for nothing.
     """
     if goal.pruning_ratio is not None:
         steps = allocate(found, goal.pruning_ratio, goal.scope)
@@ -210,12 +211,12 @@ def _losses(
         raise TypeError("a goal needs pruning_ratio, macs_ratio, params_ratio or latency")
     losses = chosen(structure.groups, found, steps)
     if not losses and goal.pruning_ratio is not None:
-        raise PassRequirementError(
+        raise NothingToRemoveError(
             f"prune.pruning_ratio: {goal.pruning_ratio:g} is too little for any width to reach the next multiple of "
             f"round_to = {goal.round_to}; raise it, lower round_to, or set scope: global"
         )
     if not losses:
-        raise PassRequirementError(
+        raise NothingToRemoveError(
             "prune: the goal is so near to the dense model that no channel needs to go; lower it or leave prune out"
         )
     return losses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from deploycnn.models.artifact import get_architecture, load_model, save_model
 from deploycnn.models.macs import count_macs
 from deploycnn.pruning.importance import Criterion
 from deploycnn.pruning.layers import widths
-from deploycnn.pruning.pruner import Goal, prune
+from deploycnn.pruning.pruner import Goal, NothingToRemoveError, prune
 
 #: Trains a model in place after the cut of that number, and says how it went.
 Tune = Callable[[nn.Module, int], Json]
@@ -49,7 +49,7 @@ def prune_in_steps(
 
     Returns:
         The model and what was done; "steps" has an entry per cut, without "training" where nothing was cut because
-        the cut before went far enough.
+        widths come in multiples: the cut before went far enough, or the next one will.
 
     Raises:
         PassRequirementError: see ``prune``.
@@ -59,51 +59,60 @@ def prune_in_steps(
     record, done = _continued(scratch, steps)
     if done:
         model = load_model(scratch / f"step-{done}")
+    entries = list(record.get("steps", ()))
     for step in range(done + 1, steps + 1):
-        left = 1.0
-        if record:
-            left = record["macs_ratio"] if goal.macs_ratio is not None else 1 - record["pruning_ratio"]
-        part = _part(goal, left, step, steps)
-        if part.macs_ratio == 1.0 or part.pruning_ratio == 0.0:
-            # Widths come in multiples: the cut before took this one's share along.
-            reached = {name: record[name] for name in ("macs_ratio", "pruning_ratio")}
-            record = {**record, "steps": [*record["steps"], reached]}
+        reached = {
+            "macs_ratio": record.get("macs_ratio", 1.0),
+            "pruning_ratio": record.get("pruning_ratio", 0.0),
+        }
+        part = _part(goal, reached, step, steps)
+        try:
+            # Widths come in multiples: the cut before may have taken this one's share along, or the next one will.
+            cut = prune(model, images, criterion, part, seed=seed) if part is not None else None
+        except NothingToRemoveError:
+            if step == steps and not record:
+                raise
+            cut = None
+        if cut is None:
+            entries.append(reached)
+            record = {**record, "steps": entries} if record else record
             continue
-        cut = prune(model, images, criterion, part, seed=seed)
-        now = widths(model)
-        removed = 1 - (1 - (record["pruning_ratio"] if record else 0.0)) * (1 - cut["pruning_ratio"])
-        entry = {"macs_ratio": cut["macs_after"] / first_macs, "pruning_ratio": removed}
+        entry = {
+            "macs_ratio": cut["macs_after"] / first_macs,
+            "pruning_ratio": 1 - (1 - reached["pruning_ratio"]) * (1 - cut["pruning_ratio"]),
+        }
         if step < steps:
             entry["training"] = tune(model, step)
+        entries.append(entry)
         record = {
             **cut,
             "macs_before": first_macs,
-            "macs_ratio": cut["macs_after"] / first_macs,
-            "params_before": record["params_before"] if record else cut["params_before"],
-            "pruning_ratio": removed,
+            "params_before": record.get("params_before", cut["params_before"]),
+            "macs_ratio": entry["macs_ratio"],
+            "pruning_ratio": entry["pruning_ratio"],
             "widths": {
                 name: {"before": list(first_widths[name]), "after": list(width)}
-                for name, width in now.items()
+                for name, width in widths(model).items()
                 if width != first_widths[name]
             },
-            "steps": [*(record["steps"] if record else []), entry],
+            "steps": entries,
         }
         if step < steps:
             _keep(model, record, scratch / f"step-{step}")
     return model, record
 
 
-def _part(goal: Goal, left: float, step: int, steps: int) -> Goal:
-    """The goal of one cut, of what is ``left`` of 1: after step i of n, the n-th part of the way i times."""
+def _part(goal: Goal, reached: Mapping[str, float], step: int, steps: int) -> Goal | None:
+    """The goal of one cut: after step i of n, the n-th part of the way i times. ``None`` where that is reached."""
     if goal.macs_ratio is not None:
-        ratio = goal.macs_ratio ** (step / steps) / left
-        return dataclasses.replace(goal, macs_ratio=min(ratio, 1.0))
+        ratio = goal.macs_ratio ** (step / steps) / reached["macs_ratio"]
+        return dataclasses.replace(goal, macs_ratio=ratio) if ratio < 1 else None
     if goal.pruning_ratio is None:
         raise PassRequirementError(
             "prune.steps: go with pruning_ratio or macs_ratio; for other goals write one prune for each step"
         )
-    kept = (1 - goal.pruning_ratio) ** (step / steps) / left
-    return dataclasses.replace(goal, pruning_ratio=max(0.0, 1 - kept))
+    ratio = 1 - (1 - goal.pruning_ratio) ** (step / steps) / (1 - reached["pruning_ratio"])
+    return dataclasses.replace(goal, pruning_ratio=ratio) if ratio > 0 else None
 
 
 def _keep(model: nn.Module, record: Json, folder: Path) -> None:

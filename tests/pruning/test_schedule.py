@@ -13,22 +13,27 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.models.artifact import architecture, set_architecture
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.models.macs import count_macs
-from deploycnn.pruning.pruner import Goal
+from deploycnn.pruning.pruner import Goal, NothingToRemoveError
 from deploycnn.pruning.schedule import _part, prune_in_steps
 from tests.pruning import nets
 from tests.pruning.test_pruner import MAGNITUDE
 
 
 def test_each_cut_takes_the_same_share_of_what_is_left() -> None:
-    goal = Goal(macs_ratio=0.25)
-    assert _part(goal, 1.0, 1, 2).macs_ratio == pytest.approx(0.5)
-    assert _part(goal, 0.48, 2, 2).macs_ratio == pytest.approx(
-        0.25 / 0.48
-    )  # what the first cut overshot is not lost
-    assert _part(goal, 0.2, 2, 2).macs_ratio == 1.0
-    channels = Goal(pruning_ratio=0.75)
-    assert _part(channels, 1.0, 1, 2).pruning_ratio == pytest.approx(0.5)
-    assert _part(channels, 0.5, 2, 2).pruning_ratio == pytest.approx(0.5)
+    def macs(left: float, step: int) -> float | None:
+        part = _part(Goal(macs_ratio=0.25), {"macs_ratio": left, "pruning_ratio": 0.9}, step, 2)
+        return part.macs_ratio if part is not None else None
+
+    def channels(gone: float, step: int) -> float | None:
+        part = _part(Goal(pruning_ratio=0.75), {"macs_ratio": 0.9, "pruning_ratio": gone}, step, 2)
+        return part.pruning_ratio if part is not None else None
+
+    assert macs(1.0, 1) == pytest.approx(0.5)
+    assert macs(0.48, 2) == pytest.approx(0.25 / 0.48)  # what the first cut overshot is not lost
+    assert macs(0.2, 2) is None
+    assert channels(0.0, 1) == pytest.approx(0.5)
+    assert channels(0.5, 2) == pytest.approx(0.5)
+    assert channels(0.8, 2) is None
 
 
 def test_a_cut_that_took_the_next_ones_share_along_is_enough(tmp_path: Path) -> None:
@@ -53,6 +58,46 @@ def test_a_cut_that_took_the_next_ones_share_along_is_enough(tmp_path: Path) -> 
     assert count_macs(pruned, (3, 32, 32)) == record["macs_after"]
 
 
+@pytest.mark.parametrize(("ratio", "steps"), [(0.5, 6), (0.3, 4)])
+def test_cuts_too_small_for_a_multiple_are_left_to_the_next(tmp_path: Path, ratio: float, steps: int) -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(20).eval()
+    set_architecture(model, architecture("zoo", {"name": "resnet20", "in_channels": 3}, 10))
+    tuned: list[int] = []
+
+    def tune(_: nn.Module, step: int) -> Json:
+        tuned.append(step)
+        return {}
+
+    goal = Goal(pruning_ratio=ratio)
+    pruned, record = prune_in_steps(
+        model, nets.images(32), MAGNITUDE, goal, steps=steps, tune=tune, scratch=tmp_path
+    )
+    gone = [entry["pruning_ratio"] for entry in record["steps"]]
+    assert len(gone) == steps
+    assert gone == sorted(gone)
+    assert len({0.0, *gone}) < steps + 1  # at least one cut was left out
+    assert record["pruning_ratio"] == gone[-1] > 0
+    assert count_macs(pruned, (3, 32, 32)) == record["macs_after"]
+    assert tuned == [
+        step for step in range(1, steps) if gone[step - 1] > (gone[step - 2] if step > 1 else 0.0)
+    ]
+
+
+def test_steps_that_cut_nothing_at_all_are_refused(tmp_path: Path) -> None:
+    model = CifarResNet(20).eval()
+    with pytest.raises(NothingToRemoveError, match="pruning_ratio: 0.01 is too little"):
+        prune_in_steps(
+            model,
+            nets.images(32),
+            MAGNITUDE,
+            Goal(pruning_ratio=0.01),
+            steps=2,
+            tune=lambda _, __: {},
+            scratch=tmp_path,
+        )
+
+
 def test_a_goal_that_cannot_be_parted_is_refused() -> None:
     with pytest.raises(PassRequirementError, match="steps: go with pruning_ratio or macs_ratio"):
-        _part(Goal(), 1.0, 1, 2)
+        _part(Goal(), {"macs_ratio": 1.0, "pruning_ratio": 0.0}, 1, 2)
