@@ -86,7 +86,8 @@ def error(full: ModelProto, model: ModelProto) -> float:
 @pytest.fixture(scope="module")
 def tuned(full: ModelProto, tmp_path_factory: pytest.TempPathFactory) -> qat.Tuned:
     ctx = make_context(tmp_path_factory.mktemp("qat"), DATA)
-    return tune(quantize(full, INT4), full, ctx)
+    # After 12 epochs it still depends on the seed how near it is.
+    return tune(quantize(full, INT4), full, ctx, replace(QUICK, epochs=24))
 
 
 def test_training_brings_the_quantized_graph_nearer_to_its_teacher(
@@ -229,7 +230,6 @@ def test_tied_scales_stay_tied() -> None:
     quantized = build(full, plan, dict.fromkeys(ranges_needed(plan), (-3.0, 3.0)))
     bridge = to_torch(quantized)
     bridge.learn_scales()
-    # Scales are small numbers: a step that suits weights would take them below zero.
     optimizer = torch.optim.SGD(bridge.module.parameters(), lr=1e-4)
     bridge.module(torch.from_numpy(images(4, (3, 8, 8)))).square().sum().backward()
     optimizer.step()
@@ -266,7 +266,7 @@ def test_a_scale_that_becomes_useless_is_told(
 ) -> None:
     def break_scale(model: nn.Module, *_: Any, **__: Any) -> None:
         with torch.no_grad():
-            next(item for name, item in model.named_parameters() if name.endswith("scale")).mul_(-1)
+            next(item for name, item in model.named_parameters() if "scale" in name).fill_(torch.nan)
 
     monkeypatch.setattr(qat, "fit", break_scale)
     with pytest.raises(TrainingError, match="lower `lr`"):

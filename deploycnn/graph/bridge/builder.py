@@ -234,6 +234,7 @@ class Builder:
                 qmax=high,
                 axis=rounding.axis,
                 block_size=rounding.block_size,
+                batched=not weight,
             )
             self._quantizers[key] = module, path
             self.note_rounding(rounding, path)

@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 #: Limits of a rounded number before the zero point is added: numbers, or tensors that broadcast to the input.
 Limit = float | Tensor
+
+#: Of e: what a learned scale keeps of its start at least.
+_LEAST_EXPONENT = -30.0
 
 
 class _Round(torch.autograd.Function):
@@ -47,17 +51,45 @@ def rounded(x: Tensor, scale: Tensor, low: Limit, high: Limit) -> Tensor:
     return (x / scale).round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
 
+class PositiveScale(nn.Module):
+    """A learned scale as the way it went from its start: further up as it is, down to the start only by shares.
+
+    With the start s0 and the way u, the scale is s0 + u for u >= 0, and s0 * exp(u / s0) below. The slope at u = 0
+    is 1 on both sides, so a step begins as large as on the scale itself, which is what LSQ's scaling of gradients is
+    for; but no step, however large, takes a scale to zero or beyond, as steps on the scale itself do: scales are small
+    numbers. At u = 0 the scale is the start to the bit.
+    """
+
+    start: Tensor
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start", start.detach().clone())
+
+    def forward(self, way: Tensor) -> Tensor:
+        """The scale, of the way's shape."""
+        ratio = way / self.start
+        # Below the limits exp would be 0; above them the branch that is not taken would overflow, its gradient be NaN.
+        shrunk = self.start * ratio.clamp(_LEAST_EXPONENT, 0.0).exp()
+        return torch.where(way < 0, shrunk, self.start + way)
+
+    def right_inverse(self, scale: Tensor) -> Tensor:
+        """The way to ``scale``, which is positive."""
+        return torch.where(scale < self.start, self.start * (scale / self.start).log(), scale - self.start)
+
+
 class FakeQuantize(nn.Module):
     """QuantizeLinear followed by DequantizeLinear, trainable through.
 
     Attributes:
         scale: float32, shape () or (channels,), or with ``block_size`` that of the input with the axis divided;
-            a buffer, or a parameter after :meth:`learn_scale`.
+            a buffer, or after :meth:`learn_scale` computed by :class:`PositiveScale` from a parameter.
         zero_point: int32 of the same shape; a buffer.
         qmin: Smallest integer.
         qmax: Largest integer.
         axis: Axis of the channels; ``None`` for one scale in all.
         block_size: Neighbours along ``axis`` that share a scale (opset 21); 0 for one scale per channel.
+        batched: Whether the input's first axis counts images, as that of activations does.
         enabled: Whether it rounds at all; otherwise the input passes through.
     """
 
@@ -73,6 +105,7 @@ class FakeQuantize(nn.Module):
         qmax: int,
         axis: int | None = None,
         block_size: int = 0,
+        batched: bool = False,
     ) -> None:
         super().__init__()
         if scale.shape != zero_point.shape:
@@ -82,6 +115,7 @@ class FakeQuantize(nn.Module):
         self.register_buffer("scale", scale.detach().to(torch.float32).clone())
         self.register_buffer("zero_point", zero_point.detach().to(torch.int32).clone())
         self.qmin, self.qmax, self.axis, self.block_size = qmin, qmax, axis, block_size
+        self.batched = batched
         self.enabled = True
         self._refresh()
 
@@ -93,24 +127,20 @@ class FakeQuantize(nn.Module):
         super()._load_from_state_dict(*arguments, **options)
         self._refresh()
 
-    def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Replace scale and zero point, in place; shapes must be as before."""
-        with torch.no_grad():
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
-        self._refresh()
-
     def learn_scale(self, learn: bool = True) -> None:
-        """Make the scale a parameter (LSQ), or a buffer again.
+        """Train the scale too (LSQ), as a positive number; or make it a buffer again.
 
         Modules that shared one scale tensor do not share it afterwards; ``Bridge.learn_scales`` keeps them tied.
         """
-        value = self.scale.detach()
+        value = self.scale.detach().clone()
+        if parametrize.is_parametrized(self, "scale"):
+            parametrize.remove_parametrizations(self, "scale")
         del self.scale
         if learn:
-            self.register_parameter("scale", nn.Parameter(value.clone()))
+            self.register_parameter("scale", nn.Parameter(value))
+            parametrize.register_parametrization(self, "scale", PositiveScale(value))
         else:
-            self.register_buffer("scale", value.clone())
+            self.register_buffer("scale", value)
 
     def spread(self, parameters: Tensor, ndim: int, length: int) -> Tensor:
         """``scale`` or ``zero_point`` in a shape that broadcasts to an input with ``length`` along the axis."""
@@ -139,11 +169,19 @@ class FakeQuantize(nn.Module):
         low, high = self.limits(x.ndim, length)
         if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad):
             return rounded(x, scale, low, high)
-        # LSQ, section 2.2: keeps the steps of scales and weights of one relative size.
-        per_scale = x.numel() / max(self.scale.numel(), 1)
-        factor = 1.0 / math.sqrt(max(per_scale * self.qmax, 1.0))
-        result: Tensor = _Round.apply(x, scale, low, high, factor)
+        result: Tensor = _Round.apply(x, scale, low, high, self.gradient_factor(x))
         return result
+
+    def gradient_factor(self, x: Tensor) -> float:
+        """LSQ's 1 / sqrt(N Qp), which keeps the steps of scales and weights of one relative size (section 2.2).
+
+        N counts the weights that share a scale, or the features of one image that do: the loss is a mean over images,
+        so their number changes no gradient. Qp is the largest integer above the zero point.
+        """
+        count = x.numel() / max(self.zero_point.numel(), 1)
+        if self.batched:
+            count /= max(len(x), 1)
+        return 1.0 / math.sqrt(max(count * (self.qmax - (self._zero or 0)), 1.0))
 
     def quantize(self, x: Tensor) -> Tensor:
         """The integers (int32) of ``x``, zero point included."""

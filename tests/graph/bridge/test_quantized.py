@@ -72,11 +72,7 @@ def test_what_was_trained_is_what_onnxruntime_runs(int8: ModelProto, learn: bool
         bridge.learn_scales()
     module = bridge.module.train()
     images, labels = torch.from_numpy(noise(64, 3, 12, 12)), torch.arange(64) % 5
-    scales = [p for name, p in module.named_parameters() if name.endswith("scale")]
-    others = [p for name, p in module.named_parameters() if not name.endswith("scale")]
-    # Scales are small numbers; a step that suits weights would take them below zero.
-    groups = [{"params": others, "lr": 0.05}, *([{"params": scales, "lr": 1e-4}] if scales else [])]
-    optimizer = torch.optim.SGD(groups)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
@@ -103,9 +99,86 @@ def test_what_was_trained_is_what_onnxruntime_runs(int8: ModelProto, learn: bool
     np.testing.assert_allclose(by_torch(to_torch(written), x)[0], found, atol=output_step(written) * 0.01)
 
 
+def test_no_step_takes_a_learned_scale_to_zero() -> None:
+    """A step of any size, from any scale: positive, finite, and the scale's own step where that is small."""
+    quantizer = FakeQuantize(torch.tensor([1e-3, 1e-2, 0.1, 10.0]), torch.zeros(4), qmin=-7, qmax=7, axis=0)
+    before = quantizer.scale.clone()
+    quantizer.learn_scale()
+    assert torch.equal(quantizer.scale, before)  # to the bit
+    (way,) = quantizer.parameters()
+    quantizer.scale.sum().backward()
+    assert way.grad is not None
+    assert torch.equal(way.grad, torch.ones(4))  # LSQ's gradient reaches the scale as it is
+    with torch.no_grad():
+        way.copy_(-1e-4 * before)
+    torch.testing.assert_close(quantizer.scale, before * (1 - 1e-4))
+    with torch.no_grad():
+        way.copy_(-10 * before)
+    assert bool((quantizer.scale > 0).all())
+    assert bool((quantizer.scale < 1e-4 * before).all())
+    with torch.no_grad():
+        way.fill_(-1e3)
+    assert bool((quantizer.scale > 0).all())
+    with torch.no_grad():
+        way.fill_(1e3)  # far beyond what exp can hold for the small ones
+    way.grad = None
+    quantizer.scale.sum().backward()
+    torch.testing.assert_close(quantizer.scale, before + 1e3)
+    assert torch.equal(way.grad, torch.ones(4))
+
+
+def test_a_learned_scale_becomes_a_buffer_again() -> None:
+    quantizer = FakeQuantize(torch.tensor(0.5), torch.tensor(0), qmin=-7, qmax=7)
+    quantizer.learn_scale()
+    with torch.no_grad():
+        next(quantizer.parameters()).fill_(-0.25)
+    found = quantizer.scale.detach().clone()
+    assert found == pytest.approx(0.5 * np.exp(-0.5))
+    for learn in (True, False):
+        quantizer.learn_scale(learn)
+        assert torch.equal(quantizer.scale, found)
+    assert not list(quantizer.parameters())
+    assert set(quantizer.state_dict()) == {"scale", "zero_point"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "zero", "batched", "features", "largest"),
+    [
+        ((6, 3, 5, 5), None, 0, False, 6 * 3 * 5 * 5, 7),  # weights, one scale for the layer
+        ((6, 3, 5, 5), 0, 0, False, 3 * 5 * 5, 7),  # one for each channel
+        ((6, 3, 5, 5), None, -8, True, 3 * 5 * 5, 15),  # activations: an image's features, unsigned
+        ((2, 3, 5, 5), None, -8, True, 3 * 5 * 5, 15),  # however many images there are
+    ],
+)
+def test_lsq_scales_the_gradient_of_a_scale(
+    shape: tuple[int, ...], axis: int | None, zero: int, batched: bool, features: int, largest: int
+) -> None:
+    """Section 2.2 of the paper: 1 / sqrt(N Qp), N being weights or features that share the scale."""
+    count = 1 if axis is None else shape[axis]
+    scale, zeros = torch.full((count,), 0.25), torch.full((count,), zero)
+    quantizer = FakeQuantize(
+        scale.reshape(-1 if axis is not None else ()),
+        zeros.reshape(-1 if axis is not None else ()),
+        qmin=-8 if zero else -7, qmax=7, axis=axis, batched=batched,
+    )  # fmt: skip
+    quantizer.learn_scale()
+    x = torch.from_numpy(noise(*shape))
+    (quantizer(x).sum()).backward()
+    ratio = x.double() / 0.25
+    low, high = (0, 15) if zero else (-7, 7)
+    slope = torch.where(
+        (ratio.round() >= low) & (ratio.round() <= high), ratio.round() - ratio, ratio.clamp(low, high)
+    )
+    expected = slope.flatten(1).sum(dim=1) if axis == 0 else slope.sum()
+    (way,) = quantizer.parameters()
+    assert way.grad is not None
+    torch.testing.assert_close(
+        way.grad.double(), expected / (features * largest) ** 0.5, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_scale_that_is_no_scale_is_not_written(int8: ModelProto) -> None:
     bridge = to_torch(int8)
-    bridge.learn_scales()
     with torch.no_grad():
         next(iter(bridge.quantizers().values())).scale.neg_()
     with pytest.raises(TrainingError, match=r"scale was trained to -.*, and scales are positive"):
