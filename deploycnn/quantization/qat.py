@@ -105,33 +105,26 @@ def fine_tune(
     """
     plain = copy_of(quantized)
     was_packed = unpack(plain)
-    layers = find_layers(full, plain)
-    if not layers:
-        raise PassRequirementError("qat: the graph stores no weight as integers; put it behind int8")
-    bridge = to_torch(plain, float_weights=starting_weights(layers))
+    bridge = _trainable(plain, full, learn_scales)
     sample, _ = parity_images(data, (0, 0, 0), 1, ctx.seed)
     classification.check_model(
         bridge.module, torch.from_numpy(sample), len(data.dataset.classes), "qat: the model"
     )
-    limit_weights(bridge, layers)
-    if learn_scales:
-        bridge.learn_scales()
     history = fit(Frozen(bridge.module), data, settings, loss=loss, ctx=ctx)
     _check_scales(bridge)
+    scales = len(bridge.quantizers()) if learn_scales else 0
     improved = settings.keep == "last" or history.kept_val_top1 >= history.initial_val_top1
-    if improved:
-        trained = bridge.write_back()
-    else:
+    if not improved:
         ctx.log.warning(
             "qat: no epoch was better on val than before (%.4f, best %.4f): the graph stays as it was",
             history.initial_val_top1,
             history.kept_val_top1,
         )
-        trained = copy_of(plain)
         bridge = to_torch(plain)
-    images, where = parity_images(data, (0, 0, 0), parity_count, ctx.seed)
+    trained = bridge.write_back()
     if was_packed:
         pack(trained)
+    images, where = parity_images(data, (0, 0, 0), parity_count, ctx.seed)
     agreement = measure_agreement(
         bridge.module,
         trained,
@@ -141,12 +134,24 @@ def fine_tune(
         integers=not saturates_here(trained),
     )
     return Tuned(
-        model=trained,
-        history=history,
-        agreement=agreement,
-        improved=improved,
-        scales_learned=len(bridge.quantizers()) if learn_scales else 0,
+        model=trained, history=history, agreement=agreement, improved=improved, scales_learned=scales
     )
+
+
+def _trainable(quantized: ModelProto, full: ModelProto, learn_scales: bool) -> Bridge:
+    """A Q/DQ graph with the float graph's weights, which round to its integers.
+
+    Raises:
+        PassRequirementError: the bridge lacks an operator, or nothing is quantized.
+    """
+    layers = find_layers(full, quantized)
+    if not layers:
+        raise PassRequirementError("qat: the graph stores no weight as integers; put it behind int8")
+    bridge = to_torch(quantized, float_weights=starting_weights(layers))
+    limit_weights(bridge, layers)
+    if learn_scales:
+        bridge.learn_scales()
+    return bridge
 
 
 class Frozen(nn.Module):
