@@ -47,7 +47,7 @@ class Int8(Pass):
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
     gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
@@ -202,28 +202,23 @@ class Int8(Pass):
     def _training(self, ctx: Context, engine: Engine, model: ModelProto) -> Mapping[str, Remedy]:
         """Quantization-aware training with the float graph as teacher; the pass ``qat`` has all its options."""
         from deploycnn.quantization.qat import fine_tune, float_teacher
+        from deploycnn.quantization.qat_settings import QatSettings
         from deploycnn.training.artifact import needed_data
         from deploycnn.training.device import model_to
         from deploycnn.training.losses import Distillation
-        from deploycnn.training.settings import TrainingSettings
+
+        settings = QatSettings(epochs=self.qat_epochs)
 
         def train(best: Candidate) -> Candidate:
-            loss = Distillation(
-                teacher=model_to(float_teacher(model), ctx.device),
-                method="kd",
-                temperature=4.0,
-                alpha=1.0,
-                beta=0.0,
-                label_weight=0.0,
-            )
+            teacher = model_to(float_teacher(model), ctx.device)
             tuned = fine_tune(
                 engine.build(best),
                 best.model,
                 needed_data(ctx, "int8"),
-                TrainingSettings(epochs=self.qat_epochs, lr=2e-3, weight_decay=1e-5),
-                loss=loss,
+                settings,
+                loss=Distillation(teacher=teacher, method=settings.method, **settings.weights),
                 ctx=ctx,
-                learn_scales=True,
+                learn_scales=settings.learn_scales,
                 parity_count=_PARITY_IMAGES,
             )
             return replace(best, graph=tuned.model)

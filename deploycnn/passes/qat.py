@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass
 from deploycnn.errors import PassRequirementError
-from deploycnn.training.settings import Optimizer, TrainingSettings
-from deploycnn.training.teaching import Method, TeachingSettings
+from deploycnn.quantization.qat_settings import QatSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,48 +19,27 @@ _PARITY_IMAGES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qat(TeachingSettings, TrainingSettings, Pass):
+class Qat(QatSettings, Pass):
     """Quantization-aware training of exactly the graph that is deployed, taught by the float graph it came from.
 
     Put it behind ``int8``. Weights, and where asked for scales, change; nodes do not. LSQ: Esser et al.
     2020. The teacher's term is that of ``distill``.
-
-    Raises:
-        ValueError: ``beta`` with kd, or scales are to be learned with adamw, which would undo LSQ's scaling of their
-            gradients.
     """
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     needs_data: ClassVar[bool] = True
     trains: ClassVar[bool] = True
-    # The weights are good already, and batch norms, which would forgive large steps, are folded.
-    default_lr: ClassVar[Mapping[Optimizer, float]] = {"sgd": 2e-3, "adamw": 1e-4}
-    default_alpha: ClassVar[Mapping[Method, float]] = {"kd": 1.0, "dkd": 1.0, "dist": 1.0}
 
-    epochs: Annotated[int, Ge(0), "Passes over the training split."] = 2
-    weight_decay: Annotated[float, Ge(0), "Of kernels and matrices; biases and scales are not decayed."] = (
-        1e-5
-    )
     teacher: Annotated[
         str | None, "Variant whose last torch model teaches; null: the float ONNX model that was quantized."
     ] = None
-    label_weight: Annotated[
-        float | None, Ge(0), "Weight of the labels' cross-entropy; null: as in distill."
-    ] = 0.0
-    learn_scales: Annotated[bool, "Train the scales of activations and weights too (LSQ)."] = True
     min_agreement: Annotated[
         float,
         Interval(ge=0, le=1),
         "Share of logits that must lie within one output step of onnxruntime's; less is an error.",
     ] = 0.999
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_teaching()
-        if self.learn_scales and self.optimizer == "adamw":
-            raise ValueError("learn_scales needs optimizer sgd: adamw would undo LSQ's scaling of gradients")
 
     def references(self) -> tuple[str, ...]:
         """The teacher's variant, where one is named."""

@@ -26,6 +26,7 @@ from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.packed import widen
 from deploycnn.quantization.placement import place
 from deploycnn.quantization.preparation import prepare
+from deploycnn.quantization.qat_settings import QatSettings
 from deploycnn.quantization.reconstruction import find_layers
 from deploycnn.quantization.types import NumberFormat
 from deploycnn.training import loop
@@ -42,16 +43,22 @@ QUICK = TrainingSettings(
 )
 
 
-def learned(model: nn.Module, folder: Path) -> ModelProto:
-    """A float graph that tells the pictures apart."""
-    settings = TrainingSettings(epochs=40, batch_size=16, optimizer="adamw", lr=2e-2, keep="last")
+def learn(model: nn.Module, folder: Path, epochs: int = 40) -> None:
+    """Let a net tell the pictures apart."""
+    settings = TrainingSettings(epochs=epochs, batch_size=16, optimizer="adamw", lr=2e-2, keep="last")
     loop.fit(model, DATA, settings, loss=CrossEntropy(), ctx=make_context(folder, DATA))
+
+
+def to_graph(model: nn.Module) -> ModelProto:
+    """Its float graph."""
     return prepare(export_onnx(model.eval(), (3, 8, 8), opset=18, classes=None))
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> ModelProto:
-    return learned(randomized(Residual(classes=3)), tmp_path_factory.mktemp("float"))
+    net = randomized(Residual(classes=3))
+    learn(net, tmp_path_factory.mktemp("float"))
+    return to_graph(net)
 
 
 def quantize(full: ModelProto, weight: NumberFormat) -> ModelProto:
@@ -96,6 +103,35 @@ def test_training_brings_the_quantized_graph_nearer_to_its_teacher(
     assert error(full, tuned.model) < 0.6 * error(full, quantize(full, INT4))
     assert tuned.improved
     assert tuned.scales_learned > 6
+
+
+def test_at_its_defaults_a_steep_net_trains_and_keeps_its_scales_positive(tmp_path: Path) -> None:
+    """Behind folded batch norms gradients may be of any size: logits 400 times as large, and so are they."""
+    net = randomized(Residual(classes=3))
+    learn(net, tmp_path / "float", epochs=20)
+    with torch.no_grad():
+        net.head.weight.mul_(400)
+        net.head.bias.mul_(400)
+    full = to_graph(net)
+    settings = QatSettings(epochs=8, batch_size=16, augment=Augmentation(), keep="last")
+    found = qat.fine_tune(
+        quantize(full, INT4),
+        full,
+        DATA,
+        settings,
+        loss=Distillation(teacher=qat.float_teacher(full), method=settings.method, **settings.weights),
+        ctx=make_context(tmp_path / "qat", DATA),
+        learn_scales=settings.learn_scales,
+        parity_count=30,
+    )
+    losses = [epoch.loss for epoch in found.history.epochs]
+    assert max(losses) < 1.2 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
+    scales = [
+        numpy_helper.to_array(item) for item in found.model.graph.initializer if item.name.endswith("_scale")
+    ]
+    assert len(scales) > 6
+    assert all((scale > 0).all() for scale in scales)
 
 
 def test_what_was_trained_is_what_onnxruntime_runs(tuned: qat.Tuned) -> None:
