@@ -71,17 +71,26 @@ def fit(model: nn.Module, data: Data, settings: TrainingSettings, *, loss: Loss,
             model_home(model)
 
 
+def _identity(model: nn.Module, data: Data, settings: TrainingSettings, seed: int) -> str:
+    """What a checkpoint belongs to: the weights that training started from too, as one pass may train several times."""
+    digest = hashlib.sha256(f"{settings}|{seed}|{data.fingerprint}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class _Training:
     def __init__(
         self, model: nn.Module, data: Data, settings: TrainingSettings, loss: Loss, ctx: Context
     ) -> None:
+        self.identity = _identity(model, data, settings, ctx.seed)
         self.model = model_to(model, ctx.device)
         self.data, self.settings, self.ctx = data, settings, ctx
         self.stepper = Stepper(self.model, settings, loss, ctx.device)
         self.steps_per_epoch = feed.count_steps(len(data.dataset.train), settings.batch_size)
         self.most_steps = self.steps_per_epoch * settings.epochs
         self.path = ctx.scratch / checkpoint.FILE
-        self.identity = hashlib.sha256(f"{settings}|{ctx.seed}|{data.fingerprint}".encode()).hexdigest()
         self.last_report = 0.0
 
     def run(self) -> History:

@@ -221,6 +221,20 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path, monkeypatch: pytest
     assert history == history_again
 
 
+def test_a_checkpoint_of_other_weights_is_not_continued(tmp_path: Path) -> None:
+    """One pass may train several times in its folder, as the ladder of int8 does with what it chose by then."""
+    train(tmp_path, settings(epochs=2))
+    other, alone = make_model(seed=1), make_model(seed=1)
+    loop.fit(other, DATA, settings(epochs=2), loss=CrossEntropy(), ctx=make_context(tmp_path, DATA))
+    loop.fit(alone, DATA, settings(epochs=2), loss=CrossEntropy(), ctx=make_context(tmp_path / "alone", DATA))
+    assert same_bits(other, alone)
+    narrow = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    history = loop.fit(
+        narrow, DATA, settings(epochs=2), loss=CrossEntropy(), ctx=make_context(tmp_path, DATA)
+    )
+    assert len(history.epochs) == 2
+
+
 def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path: Path) -> None:
     train(tmp_path, settings(epochs=1, lr=0.2))
     other = settings(epochs=1, lr=0.01)
