@@ -11,8 +11,11 @@ from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass
 from deploycnn.errors import PassRequirementError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onnx import ModelProto
 
+    from deploycnn.graph.parity import Parity
 
 #: Behind INT8 the tolerance is so many times wider: a value on the edge of two integers may round to the other one.
 _FLIPS = 5.0
@@ -72,36 +75,12 @@ class Fp16(Pass):
             ParityError: outputs differ from the FP32 graph's by more than the tolerance.
             ArtifactError: the source's file cannot be read.
         """
-        from deploycnn.graph.bfloat16 import float32_twin
-        from deploycnn.graph.cleanup import simplify
         from deploycnn.graph.fp16 import convert_fp16
-        from deploycnn.graph.model import (
-            copy_of,
-            is_quantized,
-            load_onnx,
-            runtime_inputs,
-            save_onnx,
-            tensor_specs,
-        )
-        from deploycnn.graph.names import name_nodes
-        from deploycnn.graph.observe import image_input
-        from deploycnn.graph.opset import raise_opset
-        from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
-        from deploycnn.graph.probe import parity_images
-        from deploycnn.quantization.packed import unpack
+        from deploycnn.graph.model import runtime_inputs, save_onnx, tensor_specs
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "fp16")
-        original = load_onnx(source.path)
-        if unpack(copy_of(original)):
-            raise PassRequirementError(
-                "fp16: int8 left the weights packed (weights: int4, or weights_only), and FP16 would store them wide; "
-                "leave fp16 out, or quantize to 8 bits with activations"
-            )
-        quantized = is_quantized(original)
-        full = simplify(raise_opset(original, 19) if quantized else original)
-        name_nodes(full)
-        _, (batch, *shape) = image_input(full)
+        full, quantized = _load(source.path)
         ctx.progress(0, 2, "looking for values beyond FP16's range")
         peaks = self._peaks(full, ctx)
         converted, record = convert_fp16(full, keep_ops=self.keep_fp32_ops, peaks=peaks, half=self.dtype)
@@ -113,25 +92,7 @@ class Fp16(Pass):
         path = ctx.output / MAIN_FILE["onnx"]
         size = save_onnx(converted, path)
         ctx.progress(1, 2, "comparing with FP32")
-        if ctx.data is None and None in shape:
-            raise PassRequirementError(
-                f"fp16: the image size is not known (input {shape}); name data in the recipe"
-            )
-        channels, height, width = (int(dim or 0) for dim in shape)
-        images, images_source = parity_images(
-            ctx.data, (channels, height, width), self.parity_images, ctx.seed
-        )
-        parity = measure_parity(
-            evaluator(source.path, threads=ctx.threads, integers=False),
-            evaluator(
-                float32_twin(converted) if self.dtype == "bf16" else path, threads=ctx.threads, integers=False
-            ),
-            images if batch is None else images[: len(images) // batch * batch],
-            batch_sizes=(1, 5) if batch is None else (batch,),
-            tolerance=Tolerance(absolute=1e-3, relative=self.relative_tolerance * self._wider(quantized)),
-            source=images_source,
-            against="int8 onnx" if quantized else "fp32 onnx",
-        )
+        parity = self._parity(source.path, converted, quantized, ctx)
         parity.check(f"fp16: the {self.dtype.upper()} graph")
         ctx.progress(2, 2, "converted")
         return Draft(
@@ -147,6 +108,35 @@ class Fp16(Pass):
                     "fp16": {**record.to_json(), "activations_checked": bool(peaks)},
                 },
             ),
+        )
+
+    def _parity(self, full: Path, converted: ModelProto, quantized: bool, ctx: Context) -> Parity:
+        """How far the converted graph's outputs are from those of the file that it was made from.
+
+        Raises:
+            PassRequirementError: the graph does not say its image size, and no data does.
+        """
+        from deploycnn.graph.bfloat16 import float32_twin
+        from deploycnn.graph.observe import image_input
+        from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
+        from deploycnn.graph.probe import parity_images
+
+        _, (batch, *shape) = image_input(converted)
+        if ctx.data is None and None in shape:
+            raise PassRequirementError(
+                f"fp16: the image size is not known (input {shape}); name data in the recipe"
+            )
+        channels, height, width = (int(dim or 0) for dim in shape)
+        images, source = parity_images(ctx.data, (channels, height, width), self.parity_images, ctx.seed)
+        runnable = float32_twin(converted) if self.dtype == "bf16" else ctx.output / MAIN_FILE["onnx"]
+        return measure_parity(
+            evaluator(full, threads=ctx.threads, integers=False),
+            evaluator(runnable, threads=ctx.threads, integers=False),
+            images if batch is None else images[: len(images) // batch * batch],
+            batch_sizes=(1, 5) if batch is None else (batch,),
+            tolerance=Tolerance(absolute=1e-3, relative=self.relative_tolerance * self._wider(quantized)),
+            source=source,
+            against="int8 onnx" if quantized else "fp32 onnx",
         )
 
     def _wider(self, quantized: bool) -> float:
@@ -175,3 +165,29 @@ class Fp16(Pass):
             threads=ctx.threads,
         )
         return peaks
+
+
+def _load(path: Path) -> tuple[ModelProto, bool]:
+    """The graph as it is converted, simplified and its nodes named, and whether it is quantized.
+
+    Of a quantized graph, operator set 19 is the first in which scales may be FP16.
+
+    Raises:
+        PassRequirementError: its weights are packed.
+    """
+    from deploycnn.graph.cleanup import simplify
+    from deploycnn.graph.model import copy_of, is_quantized, load_onnx
+    from deploycnn.graph.names import name_nodes
+    from deploycnn.graph.opset import raise_opset
+    from deploycnn.quantization.packed import unpack
+
+    original = load_onnx(path)
+    if unpack(copy_of(original)):
+        raise PassRequirementError(
+            "fp16: int8 left the weights packed (weights: int4, or weights_only), and FP16 would store them wide; "
+            "leave fp16 out, or quantize to 8 bits with activations"
+        )
+    quantized = is_quantized(original)
+    full = simplify(raise_opset(original, 19) if quantized else original)
+    name_nodes(full)
+    return full, quantized
