@@ -17,16 +17,17 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from onnx import ModelProto
+from training_runs import PREPROCESSING, part
 
 from deploycnn.core import Context
-from deploycnn.data.base import Data, Split
+from deploycnn.data.base import Data
 from deploycnn.data.calibration import calibration_indices
 from deploycnn.data.imagefolder import ImageFolder
 from deploycnn.data.loader import batches
@@ -41,37 +42,7 @@ from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.qat import fine_tune, float_teacher
 from deploycnn.training.losses import Distillation
 
-PREPROCESSING = {
-    "size": [32, 32], "resize": "squash", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
-}  # fmt: skip
 RESAMPLES = 2000
-#: Of the teacher's and the student's logits, as the pass has it for kd.
-TEMPERATURE = 4.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some images of a split."""
-
-    split: Split
-    indices: npt.NDArray[np.int64]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a person calls each image."""
-        return tuple(self.split.names[index] for index in self.indices)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Class indices, shape (N,)."""
-        return self.split.labels[self.indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def decode(self, index: int) -> npt.NDArray[np.uint8]:
-        """Image ``index``, uint8 RGB (H, W, 3)."""
-        return self.split.decode(int(self.indices[index]))
 
 
 def main() -> None:
@@ -89,7 +60,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     data = open_source(ImageFolder(root=given.data, val="last", val_per_class=500), PREPROCESSING)
-    training = fewer(data, given.train_images, given.val_images)
+    parts = {
+        "train": part(data.dataset.train, given.train_images),
+        "val": part(data.dataset.val, given.val_images),
+    }
+    training = replace(data, dataset=replace(data.dataset, **parts))
     full = prepare(load_onnx(given.model))
     pack = replace(packs.four_bits(packs.get("onnxruntime-cpu")), per_channel=given.per_channel)
     indices = calibration_indices(data.dataset.train.labels, 512, 0)
@@ -108,10 +83,7 @@ def main() -> None:
             full,
             training,
             settings,
-            loss=Distillation(
-                teacher=float_teacher(full), method="kd", temperature=TEMPERATURE, alpha=1.0, beta=0.0,
-                label_weight=0.0,
-            ),
+            loss=Distillation(teacher=float_teacher(full), method=settings.method, **settings.weights),
             ctx=Context(output=Path(folder), scratch=Path(folder), threads=given.threads, progress=tell),
             learn_scales=settings.learn_scales,
             parity_count=64,
@@ -120,7 +92,8 @@ def main() -> None:
     right["after"] = hits(tuned.model, data, given.threads)
     print(json.dumps({
         "model": given.model.name, "weights": f"int4, per {'channel' if given.per_channel else 'layer'}",
-        "epochs": given.epochs, "lr": given.lr, "fixed_scales": given.fixed_scales,
+        "epochs": given.epochs, "lr": settings.peak_lr, "max_grad_norm": settings.max_grad_norm,
+        "fixed_scales": given.fixed_scales,
         "train_images": len(training.dataset.train),
         "val_images": len(training.dataset.val), "test_images": len(right["fp32"]),
         **{f"top1_{name}": float(found.mean()) for name, found in right.items()},
@@ -131,16 +104,6 @@ def main() -> None:
 
 def tell(done: float, total: float, message: str) -> None:
     print(f"{done:.2f}/{total} {message}", flush=True)
-
-
-def fewer(data: Data, train: int | None, val: int | None) -> Data:
-    """The same data with fewer images to train on and to pick by."""
-    splits: dict[str, Split] = {}
-    for name, count in (("train", train), ("val", val)):
-        split = getattr(data.dataset, name)
-        if count is not None:
-            splits[name] = Part(split, np.sort(calibration_indices(split.labels, count, 1)))
-    return replace(data, dataset=replace(data.dataset, **splits))
 
 
 def hits(model: ModelProto, data: Data, threads: int) -> npt.NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""What ``distillation.py`` and ``recovery.py`` share: CIFAR-10 in parts, models as artifacts, passes run on them."""
+"""What benchmarks that train share: CIFAR-10 in parts, models as artifacts, passes run on them."""
 
 from __future__ import annotations
 
