@@ -76,7 +76,9 @@ def by_torch(bridge: Bridge, *inputs: Array) -> list[Array]:
     return [output.numpy() for output in outputs]
 
 
-def check(model: ModelProto, *inputs: Array, rtol: float = 1e-4, atol: float = 1e-5) -> Bridge:
+def assert_same_as_onnxruntime(
+    model: ModelProto, *inputs: Array, rtol: float = 1e-4, atol: float = 1e-5
+) -> Bridge:
     """The bridge computes what onnxruntime computes, and writes back the same bytes untrained."""
     bridge = to_torch(model)
     for expected, found in zip(run(model, *inputs), by_torch(bridge, *inputs), strict=True):

@@ -18,7 +18,15 @@ from torch import nn
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.bridge import supported_operators, to_torch
 from deploycnn.graph.cleanup import simplify
-from tests.graph.bridge.support import Array, by_torch, check, convnet, model_of, noise, run
+from tests.graph.bridge.support import (
+    Array,
+    assert_same_as_onnxruntime,
+    by_torch,
+    convnet,
+    model_of,
+    noise,
+    run,
+)
 
 FAMILIES = {
     "resnet18": 64,
@@ -83,7 +91,7 @@ def test_torchvision_families(name: str) -> None:
     size = FAMILIES[name]
     model = torchvision_model(name)
     graph = by_torchscript(model, size)
-    bridge = check(graph, noise(3, 3, size, size), rtol=1e-3, atol=1e-4)
+    bridge = assert_same_as_onnxruntime(graph, noise(3, 3, size, size), rtol=1e-3, atol=1e-4)
     # Every weight of the model is a parameter of an ordinary leaf again.
     kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
     assert layers(bridge.module, kinds) == layers(_without_heads(model), kinds)
@@ -100,7 +108,7 @@ def _without_heads(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("opset", [9, 11, 13, 17])
 def test_layers_are_ordinary_leaves_named_after_the_nodes(opset: int) -> None:
     model = convnet(max(opset, 11), norm=True)
-    bridge = check(model, noise(5, 3, 12, 12))
+    bridge = assert_same_as_onnxruntime(model, noise(5, 3, 12, 12))
     assert type(bridge.module.stem) is nn.Conv2d
     assert type(bridge.module.bn) is nn.BatchNorm2d
     assert type(bridge.module.head) is nn.Linear
@@ -118,7 +126,9 @@ def test_names_are_made_into_identifiers() -> None:
         helper.make_node("Conv", ["c", "v"], ["y"], ""),
     ]
     weights = {"w": noise(4, 3, 1, 1), "v": noise(4, 4, 1, 1)}
-    bridge = check(model_of(nodes, weights, inputs={"x": ["N", 3, 5, 5]}), noise(2, 3, 5, 5))
+    bridge = assert_same_as_onnxruntime(
+        model_of(nodes, weights, inputs={"x": ["N", 3, 5, 5]}), noise(2, 3, 5, 5)
+    )
     assert bridge.module_of["/layer1/0.conv/Conv"] == "layer1_0_conv_Conv"
     assert bridge.module_of["0"] == "n0"
     assert bridge.module_of["forward"] == "forward_1"
@@ -179,7 +189,7 @@ def test_a_weight_behind_a_rearrangement_is_written_back_rearranged() -> None:
     ]
     weights: dict[str, Array] = {"w": noise(4, 5), "b": noise(2, 2), "shape": np.int64([4])}
     model = model_of(nodes, weights, inputs={"x": ["N", 5]})
-    bridge = check(model, noise(3, 5))
+    bridge = assert_same_as_onnxruntime(model, noise(3, 5))
     with torch.no_grad():
         bridge.module.product.weight.add_(1)
         bridge.module.product.bias.add_(2)
@@ -195,7 +205,7 @@ def test_a_computed_weight_becomes_an_initializer_once_it_is_trained() -> None:
     ]
     model = model_of(nodes, {"w": noise(4, 3, 1, 1), "two": np.float32([2])}, inputs={"x": ["N", 3, 4, 4]})
     x = noise(2, 3, 4, 4)
-    bridge = check(model, x)
+    bridge = assert_same_as_onnxruntime(model, x)
     with torch.no_grad():
         bridge.module.conv.weight.add_(1)
     written = bridge.write_back()
@@ -212,7 +222,9 @@ def test_constants_ahead_of_the_first_layer_are_not_trained() -> None:
         helper.make_node("Mul", ["d", "gamma"], ["y"], "scale"),
     ]
     weights = {"mean": noise(1, 3, 1, 1), "w": noise(4, 3, 1, 1), "gamma": noise(4, 1, 1)}
-    bridge = check(model_of(nodes, weights, inputs={"x": ["N", 3, 4, 4]}), noise(2, 3, 4, 4))
+    bridge = assert_same_as_onnxruntime(
+        model_of(nodes, weights, inputs={"x": ["N", 3, 4, 4]}), noise(2, 3, 4, 4)
+    )
     assert {name for name, _ in bridge.module.named_parameters()} == {"conv.weight", "gamma"}
 
 
@@ -269,10 +281,10 @@ ULTRAFACE = Path("/work/shared/data/onnx/ultraface-slim-320.onnx")
 @pytest.mark.skipif(not ULTRAFACE.exists(), reason="the opset 9 detector is not here")
 def test_an_old_detector_of_opset_9() -> None:
     model = onnx.load(ULTRAFACE)
-    bridge = check(model, noise(1, 3, 240, 320), rtol=1e-3, atol=1e-4)
+    bridge = assert_same_as_onnxruntime(model, noise(1, 3, 240, 320), rtol=1e-3, atol=1e-4)
     assert layers(bridge.module, (nn.Conv2d,)) == 42
     assert layers(bridge.module, (nn.BatchNorm2d,)) == 25
-    check(simplify(model), noise(1, 3, 240, 320), rtol=1e-3, atol=1e-4)
+    assert_same_as_onnxruntime(simplify(model), noise(1, 3, 240, 320), rtol=1e-3, atol=1e-4)
 
 
 class SamePadding(nn.Module):
@@ -303,4 +315,4 @@ def test_padding_that_follows_from_the_size_is_computed_on_the_host(size: int) -
     free = model.graph.input[0].type.tensor_type.shape
     for axis in (2, 3):
         free.dim[axis].dim_param = f"d{axis}"
-    check(model, noise(2, 3, size, size))
+    assert_same_as_onnxruntime(model, noise(2, 3, size, size))
