@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
+from deploycnn import components, schema, targets
 from deploycnn import overrides as edits
-from deploycnn import registry, schema, targets
 from deploycnn.core import Pass, Source
 from deploycnn.errors import RecipeError, nearest
 
@@ -142,8 +142,7 @@ def load(
         raise RecipeError(
             f"{path}: a recipe is a mapping with the keys {', '.join(REQUIRED)}; got {type(raw).__name__}"
         )
-    _require_weights_option(raw.get("source"), weights)
-    edits.apply(raw, overrides, data=data, weights=weights)
+    _edit(raw, overrides, data, weights)
     return parse(raw, base=path.absolute().parent, default_name=path.stem, where=str(path))
 
 
@@ -160,9 +159,15 @@ def load_values(
         RecipeError: it is wrong.
     """
     raw = copy.deepcopy(dict(values))
-    _require_weights_option(raw.get("source"), weights)
-    edits.apply(raw, overrides, data=data, weights=weights)
+    _edit(raw, overrides, data, weights)
     return parse(raw, base=Path.cwd())
+
+
+def _edit(
+    raw: dict[str, Any], overrides: Sequence[str], data: Path | str | None, weights: Path | str | None
+) -> None:
+    components.require_weights_option(raw.get("source"), weights)
+    edits.apply(raw, overrides, data=data, weights=weights)
 
 
 def dump(recipe: Recipe) -> str:
@@ -213,8 +218,8 @@ def parse(raw: Mapping[str, Any], *, base: Path, default_name: str = "run", wher
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise RecipeError(f"{where}: seed: should be a whole number from 0 to {MAX_SEED}, got {seed!r}")
-    source = _source(raw["source"], base, where)
-    data = _data(raw.get("data"), base, where)
+    source = components.source(raw["source"], base, where)
+    data = components.data(raw.get("data"), base, where)
     variants = _variants(raw["variants"], base, where)
     names = [variant.name for variant in variants]
     baseline = raw.get("baseline", names[0])
@@ -225,8 +230,8 @@ def parse(raw: Mapping[str, Any], *, base: Path, default_name: str = "run", wher
         name=name,
         source=source,
         data=data,
-        preprocessing=_preprocessing(raw.get("preprocessing"), where),
-        target=_target(raw.get("target", "onnxruntime-cpu"), where),
+        preprocessing=components.preprocessing(raw.get("preprocessing"), where),
+        target=components.target(raw.get("target", "onnxruntime-cpu"), where),
         variants=variants,
         baseline=baseline,
         budget=schema.build(Budget, raw.get("budget"), f"{where}: budget"),
@@ -237,53 +242,6 @@ def parse(raw: Mapping[str, Any], *, base: Path, default_name: str = "run", wher
     return _with_raw(recipe)
 
 
-def _check_runtimes(recipe: Recipe, where: str) -> None:
-    from deploycnn.runtimes.base import parse_spec
-
-    for spec in recipe.profile.runtimes:
-        try:
-            parse_spec(spec)
-        except RecipeError as error:
-            raise RecipeError(f"{where}: profile.runtimes: {error}") from None
-
-
-def _source(raw: object, base: Path, where: str) -> tuple[str, Source]:
-    known = registry.names("source")
-    if isinstance(raw, str):
-        raise RecipeError(
-            f'{where}: source: write "source: {{KIND: {raw}}}" with KIND one of {", ".join(known)}'
-        )
-    if not isinstance(raw, Mapping):
-        raise RecipeError(f"{where}: source: expected a mapping such as {{zoo: resnet20}}, got {raw!r}")
-    # The kind is the first key that names a source; a `checkpoint:` beside `zoo:` would be an option.
-    kind = next((str(key) for key in raw if key in known), None)
-    if kind is None:
-        first = str(next(iter(raw), ""))
-        raise RecipeError(f'{where}: source: unknown kind "{first}"; {nearest(first, known)}')
-    cls: type[Source] = registry.get("source", kind)
-    options = {cls.main if key == kind else key: value for key, value in raw.items()}
-    place = f"{where}: source"
-    return kind, schema.resolve_paths(schema.build(cls, options, place), base, place)
-
-
-def _data(raw: object, base: Path, where: str) -> tuple[str, DataSource] | None:
-    if raw is None:
-        return None
-    kind, options = _kind_and_options(raw, f"{where}: data", "digits")
-    cls: type[DataSource] = _component("data", kind, f"{where}: data")
-    place = f"{where}: data.{kind}"
-    return kind, schema.resolve_paths(schema.build(cls, options, place), base, place)
-
-
-def _preprocessing(raw: object, where: str) -> Mapping[str, Any] | None:
-    if raw is None:
-        return None
-    from deploycnn.data.preprocessing import Preprocessing
-
-    schema.build(Preprocessing, raw, f"{where}: preprocessing")
-    return dict(raw)  # type: ignore[call-overload,no-any-return]
-
-
 def _variants(raw: object, base: Path, where: str) -> tuple[Variant, ...]:
     if not isinstance(raw, Mapping):
         raise RecipeError(f"{where}: variants: expected a mapping NAME: [pass, ...], got {raw!r}")
@@ -292,62 +250,18 @@ def _variants(raw: object, base: Path, where: str) -> tuple[Variant, ...]:
         place = f"{where}: variants.{name}"
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise RecipeError(f"{place}: a variant's name is letters, digits, '.', '_' or '-'")
-        if not isinstance(chain, Sequence) or isinstance(chain, str):
-            raise RecipeError(f"{place}: expected a list of passes such as [export, int8], got {chain!r}")
-        passes = []
-        for index, item in enumerate(chain):
-            kind, options = _kind_and_options(item, f"{place}.{index}", "export")
-            cls: type[Pass] = _component("pass", kind, f"{place}.{index}")
-            here = f"{place}.{index}.{kind}"
-            if cls.main is not None and isinstance(options, str | int | float):
-                options = {cls.main: options}
-            passes.append((kind, schema.resolve_paths(schema.build(cls, options, here), base, here)))
-        variants.append(Variant(name=name, passes=tuple(passes)))
+        variants.append(Variant(name=name, passes=components.chain(chain, base, place)))
     return tuple(variants)
 
 
-def _require_weights_option(source: object, weights: Path | str | None) -> None:
-    """Refuse ``--weights`` where the source takes none, instead of naming a key that nobody wrote."""
-    if weights is None or not isinstance(source, Mapping):
-        return
-    kind = next((str(key) for key in source if key in registry.names("source")), None)
-    if kind is None or kind == "checkpoint":
-        return
-    options = schema.field_names(registry.get("source", kind))
-    if "weights" not in options:
-        raise RecipeError(
-            f"--weights {weights}: a source of kind {kind} takes no weights (its options: {', '.join(options)})"
-            "; change the source instead"
-        )
+def _check_runtimes(recipe: Recipe, where: str) -> None:
+    from deploycnn.runtimes.base import parse_spec
 
-
-def _target(raw: object, where: str) -> targets.Target:
-    if not isinstance(raw, str):
-        raise RecipeError(f'{where}: target: expected a name such as "cpu", got {raw!r}')
-    try:
-        return targets.get(raw)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-
-
-def _component(kind: str, name: str, where: str) -> type[Any]:
-    """The class called ``name``; a name that nobody has is told with its place."""
-    try:
-        return registry.get(kind, name)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-
-
-def _kind_and_options(raw: object, where: str, example: str) -> tuple[str, object]:
-    """Read ``kind`` or ``{kind: {options}}``."""
-    if isinstance(raw, str):
-        return raw, {}
-    if isinstance(raw, Mapping) and len(raw) == 1:
-        kind, options = next(iter(raw.items()))
-        return str(kind), options
-    raise RecipeError(
-        f'{where}: expected a name such as "{example}" or one {{name: {{options}}}}, got {raw!r}'
-    )
+    for spec in recipe.profile.runtimes:
+        try:
+            parse_spec(spec)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: profile.runtimes: {error}") from None
 
 
 def _with_raw(recipe: Recipe) -> Recipe:
