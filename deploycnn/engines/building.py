@@ -15,6 +15,7 @@ from deploycnn.engines import checks, failures
 from deploycnn.engines.device import Gpu
 from deploycnn.engines.flavour import Flavour
 from deploycnn.engines.log import Log, listening
+from deploycnn.engines.progress import Phases, make_monitor
 from deploycnn.engines.settings import BuildSettings, EngineRecord
 from deploycnn.errors import ArtifactError, PassRequirementError
 from deploycnn.graph.model import load_onnx, runtime_inputs, shape_of
@@ -133,7 +134,7 @@ class _Build:
         self.gpu = gpu
         self.log = log
         self.began, self.stop, self.ended = threading.Event(), threading.Event(), threading.Event()
-        self.phases = _Phases(progress)
+        self.phases = Phases(progress)
         self.result: tuple[bytes | None, bytes | None] = (None, None)
         self.error: BaseException | None = None
 
@@ -194,7 +195,7 @@ class _Build:
         config.add_optimization_profile(self._profile(builder, network))
         self.flavour.attach_timing_cache(config, timing_cache)
         # The monitor must outlive the build, so it has a name.
-        monitor = self.flavour.progress_monitor(self.phases.start, self._step, self.phases.finish)
+        monitor = make_monitor(self.flavour, self.phases, go_on=lambda: not self.stop.is_set())
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         return (None if plan is None else bytes(plan)), self.flavour.timing_cache(config)
@@ -231,53 +232,6 @@ class _Build:
             if shape and shape[0] == -1:
                 profile.set_shape(tensor.name, *((batch, *shape[1:]) for batch in self.settings.batch))
         return profile
-
-    def _step(self, phase: str, step: int) -> bool:
-        self.phases.step(phase, step)
-        return not self.stop.is_set()
-
-
-class _Phases:
-    """The builder's nested phases as one number between 0 and 1."""
-
-    def __init__(self, progress: ProgressFn) -> None:
-        self.progress = progress
-        self.lock = threading.Lock()
-        #: Phase -> [parent, steps, steps done].
-        self.open: dict[str, tuple[str | None, int, int]] = {}
-        self.reached = 0.0
-
-    def start(self, phase: str, parent: str | None, steps: int) -> None:
-        with self.lock:
-            self.open[phase] = (parent, max(1, steps), 0)
-
-    def step(self, phase: str, step: int) -> None:
-        with self.lock:
-            if phase not in self.open:
-                return
-            parent, steps, _ = self.open[phase]
-            self.open[phase] = (parent, steps, min(step + 1, steps))
-            # Phases come and go; what is shown only grows.
-            self.reached = max(self.reached, self._fraction())
-            self.progress(self.reached, 1.0, phase.lower())
-
-    def finish(self, phase: str) -> None:
-        with self.lock:
-            self.open.pop(phase, None)
-
-    def _fraction(self) -> float:
-        """Done of the outermost phase, with that of the phases within its current step."""
-        inner: dict[str | None, list[str]] = {}
-        for phase, (parent, _, _) in self.open.items():
-            inner.setdefault(parent, []).append(phase)
-        fraction, width, level = 0.0, 1.0, inner.get(None, [])
-        while level:
-            phase = level[-1]
-            _, steps, done = self.open[phase]
-            fraction += width * done / steps
-            width *= (1.0 if done < steps else 0.0) / steps
-            level = inner.get(phase, [])
-        return min(fraction, 1.0)
 
 
 def read_plan(path: Path) -> bytes:

@@ -79,30 +79,6 @@ class Flavour:
         flag = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         return builder.create_network(1 << int(flag))
 
-    def progress_monitor(
-        self,
-        start: Callable[[str, str | None, int], None],
-        step: Callable[[str, int], bool],
-        finish: Callable[[str], None],
-    ) -> Any:
-        """An ``IProgressMonitor`` that calls these functions; ``step`` returns whether to go on."""
-        base = self.module.IProgressMonitor
-
-        class _Monitor(base):  # type: ignore[misc, valid-type]
-            def __init__(self) -> None:
-                base.__init__(self)
-
-            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-                start(phase_name, parent_phase, num_steps)
-
-            def step_complete(self, phase_name: str, step_index: int) -> bool:
-                return step(phase_name, step_index)
-
-            def phase_finish(self, phase_name: str) -> None:
-                finish(phase_name)
-
-        return _Monitor()
-
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Compute capabilities that engines can be built for ahead of time, "8.0"; none for ``tensorrt``."""
