@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from deploycnn.engines.audit import Audit
 
 _PATH = click.Path(path_type=Path)
@@ -56,15 +58,15 @@ def command(
     from deploycnn.engines.audit import Threshold
     from deploycnn.engines.auditing import audit_engine
 
+    if times is not None and measure is not None:
+        raise click.UsageError("--times and --measure both tell the layers' times; give one of them")
     thresholds = [Threshold.parse(text) for text in conditions]
-    measured = None
+    told: Path | Mapping[str, float] | None = times
     if measure is not None:
         from deploycnn.profile_engines import layer_times
 
-        measured = layer_times(engine, measure, trust=trust_engine)
-    audited = audit_engine(
-        engine, onnx=onnx, times=times if measured is None else measured, trust=trust_engine
-    )
+        told = layer_times(engine, measure, trust=trust_engine)
+    audited = audit_engine(engine, onnx=onnx, times=told, trust=trust_engine)
     metrics = audited.audit.metrics()
     failed = [
         f"{threshold} (it is {metrics[threshold.metric]:.4g})"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-_PATH = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("latency-table", short_help="Measure what a model's layers cost on a target, by width.")
@@ -28,7 +28,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--round-to", type=click.IntRange(min=1), help="Widths to time. [default: the target's own step]"
 )
-@click.option("--out", "-o", type=_PATH, required=True, help="The table, a JSON file.")
+@click.option("--out", "-o", type=_FILE, required=True, help="The table, a JSON file.")
 def command(
     model: str, target: str, precision: str, batch_size: int, threads: int, round_to: int | None, out: Path
 ) -> None:
@@ -52,10 +52,9 @@ def command(
             tell=console.progress,
         )
     table.save(out)
-    error = table.error
-    if error is not None:
+    echo(f"{out}: {len(table.samples)} layer times, steps of {table.step} channels")
+    if table.error is not None:
         echo(
-            f"{out}: {len(table.samples)} layer times, steps of {table.step} channels; error for whole models "
-            f"{error.median:.1%} in the median, {error.p95:.1%} at the 95th percentile ({error.models} models, "
-            "cross-validated)"
+            f"error for whole models: {table.error.median:.1%} in the median, {table.error.p95:.1%} at the 95th "
+            f"percentile ({table.error.models} models, cross-validated)"
         )

@@ -71,6 +71,7 @@ def test_times_are_shown(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["{folder}", "--fail-on", "nothing>1"], 'no metric "nothing"'),
         (["{folder}", "--times", "{folder}/missing.json"], "no such file"),
         (["{folder}", "--onnx", "{folder}/missing.onnx"], "missing.onnx"),
+        (["{folder}", "--times", "t.json", "--measure", "1"], "--times and --measure"),
         (["{folder}/nothing.engine"], "no such file"),
     ],
 )
