@@ -11,6 +11,7 @@ from typing import Any
 from deploycnn import evidence
 from deploycnn.core import MAIN_FILE, Artifact, Facts, TensorSpec
 from deploycnn.engines import building, device, flavour, vouch
+from deploycnn.engines.auditing import engine_file
 from deploycnn.engines.flavour import Name
 from deploycnn.errors import ArtifactError
 
@@ -31,7 +32,7 @@ def require_loadable(path: Path, *, trust: bool) -> None:
     Raises:
         ArtifactError: it is missing, has changed, or nothing vouches for it and ``trust`` is not set.
     """
-    vouch.read_record(_file(path), trust=trust)
+    vouch.read_record(engine_file(path), trust=trust)
 
 
 def runtimes(models: Sequence[Path], asked: Sequence[str], *, trust: bool) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ def runtimes(models: Sequence[Path], asked: Sequence[str], *, trust: bool) -> tu
     if not specs:
         for model in models:
             if is_engine(model):
-                record = vouch.read_record(_file(model), trust=trust)
+                record = vouch.read_record(engine_file(model), trust=trust)
                 names: tuple[Name, ...] = (record.flavour,) if record else _installed()
                 specs += [_SPECS[name] for name in names if _SPECS[name] not in specs]
     return tuple(
@@ -59,7 +60,7 @@ def bring(path: Path, name: str, *, trust: bool) -> evidence.Entry:
         ArtifactError: see :func:`require_loadable`; or the engine cannot be loaded.
         RuntimeUnavailable: no manifest tells its inputs, and there is no GPU to load it on.
     """
-    engine = _file(path)
+    engine = engine_file(path)
     record = vouch.read_record(engine, trust=trust)
     described = engine.with_name("deploy.json")
     content: Mapping[str, Any] = (
@@ -109,10 +110,6 @@ def layer_times(path: Path, batch_size: int, *, trust: bool) -> dict[str, float]
         return session.layer_times(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
     finally:
         session.close()
-
-
-def _file(path: Path) -> Path:
-    return path / MAIN_FILE["engine"] if path.is_dir() else path
 
 
 def _installed() -> tuple[Name, ...]:

@@ -87,9 +87,7 @@ def profile(
     measure.require_reference(specs)
     asked = {"runtimes": specs, "batch_sizes": batch_sizes, "threads": threads, "budget_s": budget_s}
     settings = schema.build(Profile, schema.to_json(asked), "profile")
-    folder = Path(out) if out is not None else _fresh_folder()
-    if (folder / "recipe.yaml").exists():
-        raise ArtifactError(f"{folder}: holds the run of a recipe, whose report stays; choose another --out")
+    folder = _folder(out)
     with Store.open(folder) as opened:
         found: list[evidence.Entry] = []
         for model in models:
@@ -136,7 +134,19 @@ def _require_usable(path: Path, recipe: Recipe | None, *, trust_engine: bool) ->
         raise RecipeError(f"{path}: a checkpoint holds weights only; name the architecture with --recipe")
 
 
-def _fresh_folder() -> Path:
+def _folder(out: Path | str | None) -> Path:
+    """The run directory: ``out``, or a new one.
+
+    Raises:
+        ArtifactError: it holds the run of a recipe.
+    """
+    if out is not None:
+        folder = Path(out)
+        if (folder / "recipe.yaml").exists():
+            raise ArtifactError(
+                f"{folder}: holds the run of a recipe, whose report stays; choose another --out"
+            )
+        return folder
     stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"profile-{stamp}"
     number = 2
