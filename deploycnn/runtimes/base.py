@@ -158,7 +158,7 @@ TIMING_OPTIONS = ("device", "flush-l2", "blocking")
 
 
 def untimed(spec: str) -> str:
-    """The spec without the options that only matter for timing: what it predicts is the same without them.
+    """The spec without the options that only matter for timing: the outputs are the same without them.
 
     >>> untimed("tensorrt:trt+graph+device")
     'tensorrt:trt+graph'

@@ -125,10 +125,11 @@ class _TorchSession(Session):
         self._device = device
         self._threads = threads
         self._options = options
-        self._pin_threads()
+        self._pin_process()
         self.executed = Executed(provider=device, precision="f32", threads=torch.get_num_threads())
 
-    def _pin_threads(self) -> None:
+    def _pin_process(self) -> None:
+        """Set what is a setting of the process, as this session wants it."""
         import torch
 
         if torch.get_num_threads() != self._threads:
@@ -173,7 +174,7 @@ class _TorchSession(Session):
         """
         import torch
 
-        self._pin_threads()
+        self._pin_process()
         images = torch.tensor(check_images(self._path, self._shape, images_NCHW), device=self._device)
         with torch.inference_mode():
             try:
@@ -188,7 +189,7 @@ class _TorchSession(Session):
         import torch
 
         images = torch.tensor(check_images(self._path, self._shape, images_NCHW))
-        model, pin = self._model, self._pin_threads
+        model, pin = self._model, self._pin_process
 
         def call() -> None:
             pin()
@@ -224,11 +225,11 @@ class _CudaSession(_TorchSession):
         )
         self._kept: list[Any] = []
 
-    def _pin_threads(self) -> None:
+    def _pin_process(self) -> None:
         """TF32 in cuDNN is a setting of the process too."""
         import torch
 
-        super()._pin_threads()
+        super()._pin_process()
         wanted = "fp32" not in self._options
         if torch.backends.cudnn.allow_tf32 != wanted:
             torch.backends.cudnn.allow_tf32 = wanted
@@ -241,7 +242,7 @@ class _CudaSession(_TorchSession):
         """
         import torch
 
-        self._pin_threads()
+        self._pin_process()
         device = gpu.open_device("torch")
         stream = device.stream()
         # made outside inference mode, as the example was that a compiled model was compiled for
@@ -267,7 +268,7 @@ class _CudaSession(_TorchSession):
 
         work = execute if "device" in self._options else with_transfers
         launch = device.capture(work, stream) if "graph" in self._options else work
-        clock, pin = gpu.StreamClock(device, stream, self._options), self._pin_threads
+        clock, pin = gpu.StreamClock(device, stream, self._options), self._pin_process
         # a graph owns no memory: what it was captured on lives as long as the session
         self._kept.append((images, source, hosts))
 
