@@ -38,7 +38,7 @@ import gpu_results
 import deploycnn
 from deploycnn import environment, files
 from deploycnn.engines import device
-from deploycnn.errors import DeployCNNError, RuntimeUnavailable
+from deploycnn.errors import DeployCNNError, RecipeError, RuntimeUnavailable, nearest
 from deploycnn.runtimes.base import create
 
 
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         nets = [gpu_plan.net(name) for name in options.nets]
         precisions = gpu_plan.checked(options.precisions)
+        _check_without(options.without, gpu_plan.specs(gpu_plan.PRECISIONS))
         rows = [row for net in nets for row in gpu_plan.combinations(net, precisions, options.batch_sizes)]
         if options.plan:
             print(gpu_plan.text(rows))
@@ -94,6 +95,12 @@ def _pair(text: str) -> tuple[str, str]:
     if not found or name not in gpu_plan.NETS:
         raise argparse.ArgumentTypeError(f"write NET=PATH with NET one of {', '.join(gpu_plan.NETS)}")
     return name, value
+
+
+def _check_without(prefixes: Sequence[str], specs: Sequence[str]) -> None:
+    for prefix in prefixes:
+        if not any(spec.startswith(prefix) for spec in specs):
+            raise RecipeError(f"--without {prefix}: no runtime begins so; {nearest(prefix, specs)}")
 
 
 def _measure(net: gpu_plan.Net, precisions: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:

@@ -68,23 +68,16 @@ def rebuilds(folder: Path, count: int, budget_s: float, usable: Sequence[str]) -
     made = gpu_results.artifacts(folder)
     for form, (flavour, spec) in gpu_plan.ENGINES.items():
         for precision in ("fp16", "int8_fp16"):
-            graph = made.get(f"onnx-{precision}")
-            where = {"variant": f"{form}-{precision}", "builds": count}
-            if spec not in usable or graph is None:
-                why = f"{spec} does not run here" if graph else f"onnx-{precision} was not made"
-                found.append({**where, "why": why})
-                continue
+            graph, variant = made.get(f"onnx-{precision}"), f"{form}-{precision}"
+            told: dict[str, Any] = {"why": f"{spec} does not run here"}
             try:
-                found.append(
-                    {
-                        **where,
-                        **_rebuild(
-                            graph, folder / "rebuilds" / where["variant"], flavour, spec, count, budget_s
-                        ),
-                    }
-                )
+                if graph is None:
+                    told = {"why": f"onnx-{precision} was not made"}
+                elif spec in usable:
+                    told = _rebuild(graph, folder / "rebuilds" / variant, flavour, spec, count, budget_s)
             except DeployCNNError as error:
-                found.append({**where, "why": str(error)})
+                told = {"why": str(error)}
+            found.append({"variant": variant, "builds": count, **told})
     return found
 
 

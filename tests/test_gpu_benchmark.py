@@ -233,8 +233,12 @@ def test_without_a_gpu_it_ends_with_one_line(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--nets", "resnet51"], 'no net "resnet51"'), (["--precisions", "fp12"], 'no precision "fp12"')],
-)  # fmt: skip
+    [
+        (["--nets", "resnet51"], 'no net "resnet51"'),
+        (["--precisions", "fp12"], 'no precision "fp12"'),
+        (["--without", "pytroch"], "--without pytroch: no runtime begins so"),
+    ],
+)
 def test_unknown_names_are_refused(
     script: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
