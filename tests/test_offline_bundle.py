@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -19,7 +20,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if not (ROOT / "benchmarks").is_dir():
         pytest.skip("the benchmarks are not part of this distribution")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "offline_bundle", raising=False)
+    for name in ("offline_bundle", "offline_install"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("offline_bundle")
 
 
@@ -30,7 +32,9 @@ def folder(script: ModuleType, tmp_path: Path) -> Path:
     (made / "wheels").mkdir(parents=True)
     (made / "wheels" / "small.whl").write_bytes(b"wheel")
     (made / "wheels" / "large.whl").write_bytes(bytes(range(250)))
-    script.finish(made, {"python": "3.0", "extras": ["gpu"], "host_torch": False}, piece_bytes=100)
+    script.offline_install.finish(
+        made, {"python": "3.0", "extras": ["gpu"], "host_torch": False}, piece_bytes=100
+    )
     return made
 
 
@@ -70,6 +74,32 @@ def test_another_python_is_refused(
     assert script.main(["install", "--folder", str(folder), "--venv", str(tmp_path / "venv")]) == 2
     assert "made for Python 3.0" in capsys.readouterr().err
     assert not (tmp_path / "venv").exists()
+
+
+def test_what_is_taken_along_needs_nothing_beside_it(
+    script: ModuleType, folder: Path, tmp_path: Path
+) -> None:
+    alone = folder / "bundle.py"
+    alone.write_bytes(Path(script.offline_install.__file__).read_bytes())
+    isolated = [sys.executable, "-I", "-S", str(alone)]
+    done = subprocess.run([*isolated, "join"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "whole and joined" in done.stdout
+
+
+def test_an_installation_that_was_broken_off_is_made_again(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = []
+    monkeypatch.setattr(script.offline_install, "_install", lambda options: installed.append(options.venv))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    venv = tmp_path / "venv"
+    (venv / "src" / "deploycnn").mkdir(parents=True)
+    assert script.main(["run", "--venv", str(venv)]) == 0
+    assert installed == [venv]
+    (venv / script.offline_install.INSTALLED).touch()
+    assert script.main(["run", "--venv", str(venv)]) == 0
+    assert installed == [venv], "once"
 
 
 def test_what_is_asked_of_the_index(script: ModuleType) -> None:
@@ -119,4 +149,4 @@ def test_the_archive_holds_the_benchmarks_and_the_tests(script: ModuleType, tmp_
 def test_sums_are_of_the_content(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"content")
-    assert script.digest(path) == hashlib.sha256(b"content").hexdigest()
+    assert script.offline_install.digest(path) == hashlib.sha256(b"content").hexdigest()
