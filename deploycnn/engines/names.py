@@ -1,4 +1,4 @@
-"""Every name of TensorRT that this package uses; a test holds them against the names that each flavour has."""
+"""Every name of TensorRT that this package or ``gpu`` uses; a test holds them against those that each flavour has."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ USED: Mapping[str, tuple[str, ...]] = {
     ),
     "IOptimizationProfile": ("set_shape",),
     "IProfiler": ("report_layer_time",),
-    "IExecutionContext": ("profiler",),
+    "IExecutionContext": (
+        "execute_async_v3", "get_tensor_shape", "profiler", "set_input_shape", "set_optimization_profile_async",
+        "set_tensor_address",
+    ),
     "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
     "MemoryPoolType": ("WORKSPACE",),
     "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),

@@ -81,9 +81,11 @@ def test_no_name_is_used_that_is_not_listed() -> None:
     }
     ours = {"append", "logger", "pop", "refittable", "start"}
     folder = Path(engines.__file__).parent
-    for name in ("flavour.py", "building.py", "log.py", "layer_times.py"):
+    for name in ("flavour.py", "building.py", "progress.py", "log.py", "layer_times.py"):
         path = folder / name
         assert not (used_in(path) & theirs) - listed - ours, path.name
+    lane = {"allocate", "float32", "itemsize", "set_input"}  # of devices, of NumPy, and its own
+    assert not (used_in(folder.parent / "gpu" / "lane.py") & theirs) - listed - ours - lane
 
 
 def test_removed_flags_are_not_used() -> None:
