@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from deploycnn.core import Json
@@ -64,7 +65,7 @@ class Audit:
 
     Attributes:
         rows: In the order in which they run.
-        unmatched: ONNX nodes with MACs that no layer says it computes.
+        unmatched: ONNX nodes with MACs that no layer says it computes, and whose place does not tell it either.
         shares: Precision -> share of the MACs that ran in it.
         as_asked: Share of the MACs that ran in the precision that the graph asked for.
     """
@@ -198,14 +199,12 @@ def audit(layers: Sequence[Layer], asked: Sequence[Asked], times: Mapping[str, f
         asked: From :func:`asked_of`.
         times: Layer name -> milliseconds, where the engine was profiled.
     """
+    owned = _by_place(layers, [_owner(layers, item) for item in asked])
     owners: dict[str, list[Asked]] = {}
-    unmatched = []
-    for item in asked:
-        owner = _owner(layers, item)
-        if owner is None:
-            unmatched.append(item.node)
-        else:
+    for item, owner in zip(asked, owned, strict=True):
+        if owner is not None:
             owners.setdefault(owner.name, []).append(item)
+    unmatched = [item.node for item, owner in zip(asked, owned, strict=True) if owner is None]
     rows = tuple(_row(layer, owners.get(layer.name, ()), times or {}) for layer in layers)
     total = sum(row.macs for row in rows)
     macs: dict[str, int] = {}
@@ -234,6 +233,25 @@ def _owner(layers: Sequence[Layer], item: Asked) -> Layer | None:
             named = [layer for layer in chosen if layer.name.startswith(item.node)]
             return (named or chosen)[0]
     return None
+
+
+def _by_place(layers: Sequence[Layer], owners: Sequence[Layer | None]) -> list[Layer | None]:
+    """Owners of the nodes that no layer names, where the order leaves no choice.
+
+    A convolution of a single pixel becomes a generated matrix product, which loses its metadata. Between the owners of
+    the nodes before and after, there must be as many nameless layers that compute as there are nodes without an owner.
+    """
+    found = list(owners)
+    places = {layer.name: place for place, layer in enumerate(layers)}
+    known = [-1, *(index for index, owner in enumerate(owners) if owner is not None), len(owners)]
+    for before, after in pairwise(known):
+        start, end = (owners[index] if 0 <= index < len(owners) else None for index in (before, after))
+        first = places[start.name] if start else -1
+        last = places[end.name] if end else len(layers)
+        nameless = [layer for layer in layers[first + 1 : last] if computes(layer) and not layer.onnx_nodes]
+        if len(nameless) == after - before - 1:
+            found[before + 1 : after] = nameless
+    return found
 
 
 def _row(layer: Layer, asked: Sequence[Asked], times: Mapping[str, float]) -> Row:

@@ -53,6 +53,32 @@ def test_times_make_the_census_tell_what_reformats_cost() -> None:
     assert "time_ms" not in audit.audit(LAYERS, ASKED).metrics()
 
 
+def test_a_nameless_product_is_known_by_its_place() -> None:
+    """A convolution of a single pixel becomes "__myl_FcAdd_myl0_52", without metadata."""
+    nameless = layer("__myl_FcAdd_myl0_1", "fp16", kind="runtime_fusion")
+    result = audit.audit([LAYERS[1], nameless, LAYERS[3]], ASKED)
+    assert not result.unmatched
+    assert [row.macs for row in result.rows] == [700, 200, 100]
+    assert [row.name for row in result.rows if row.differs] == ["__myl_FcAdd_myl0_1"]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        [layer("a", "int8", "a"), layer("c", "fp16", "c"), layer("__myl_Fc_myl0_1", "fp16")],  # elsewhere
+        [layer("a", "int8", "a"), layer("__myl_Mean_myl0_1", "fp16", kind="kgen"), layer("c", "fp16", "c")],
+        [
+            layer("a", "int8", "a"),
+            layer("__myl_Fc_myl0_1", "fp16"),
+            layer("__myl_Fc_myl0_2", "fp16"),
+            layer("c", "fp16", "c"),
+        ],
+    ],
+)
+def test_nothing_is_guessed_where_the_place_leaves_a_choice(around: list[Layer]) -> None:
+    assert audit.audit(around, ASKED).unmatched == ("b",)
+
+
 def test_macs_go_to_the_layer_that_multiplies() -> None:
     """A node's name also stands on kernels that prepare its input or scale its output."""
     around = [

@@ -72,6 +72,9 @@ def weights_of(net: str, path: Path) -> Path:
     """
     torch.manual_seed(0)
     model = build(net)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, 0.0, 0.1)  # of zeros, some would be too small for FP16
     reestimate(model, [torch.randn(64, 3, *INPUT_SIZE)])
     save_file(model.state_dict(), path)
     return path
