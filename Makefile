@@ -1,6 +1,7 @@
 # Two commands do everything: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -11,7 +12,7 @@ quickstart: $(VENV)/.cpu ## Install, run the main job on the embedded data, and 
 	$(BIN)/deploycnn compress quickstart
 
 test: $(VENV)/.dev lint ## Install with test extras, lint, type-check and run the tests.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
