@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploycnn.core import MAIN_FILE, Context, Draft, Facts, Json, TensorSpec
-from deploycnn.errors import SourceError
+from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Facts, Json, TensorSpec
+from deploycnn.errors import PassRequirementError, SourceError
 from deploycnn.models.artifact import save_model, set_architecture
 from deploycnn.models.macs import count_params, run_counted
 
@@ -54,6 +54,22 @@ def settle_input_shape(
             f"{where}: input_size is {list(asked)}, but preprocessing.size is {list(shape[1:])}; leave it out"
         )
     return shape
+
+
+def image_shape(source: Artifact, ctx: Context, where: str) -> tuple[int, int, int]:
+    """Shape (C, H, W) of one image for a pass that runs ``source``: the data's, else the artifact's own.
+
+    Raises:
+        PassRequirementError: it takes any size, and there are no data to say one; ``where`` names the pass.
+    """
+    if ctx.data is not None:
+        return ctx.data.preprocessing.input_shape
+    channels, height, width = source.inputs[0].shape[1:]
+    if channels is None or height is None or width is None:
+        raise PassRequirementError(
+            f"{where}: the image size is not known (input {source.inputs[0].shape}); name data in the recipe"
+        )
+    return channels, height, width
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

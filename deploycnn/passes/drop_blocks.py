@@ -59,9 +59,9 @@ class DropBlocks(Pass):
 
         from deploycnn.models.artifact import load_model, save_model
         from deploycnn.models.delta import drop
+        from deploycnn.models.drafting import image_shape
         from deploycnn.models.macs import count_macs, count_params
         from deploycnn.pruning.blocks import check_names, droppable
-        from deploycnn.pruning.inputs import input_shape
         from deploycnn.pruning.structure import check_modules, is_inside, shrunk
         from deploycnn.training.determinism import deterministic
 
@@ -69,7 +69,7 @@ class DropBlocks(Pass):
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "drop_blocks")
         model = load_model(source.path)
         check_modules(model, self.protect, "drop_blocks.protect")
-        shape = input_shape(source, ctx, "drop_blocks")
+        shape = image_shape(source, ctx, "drop_blocks")
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
         before = count_macs(model, shape)
         with deterministic(threads=ctx.threads, device=ctx.device):

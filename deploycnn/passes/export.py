@@ -72,6 +72,7 @@ class Export(Pass):
         from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
         from deploycnn.graph.probe import parity_images
         from deploycnn.models.artifact import load_model
+        from deploycnn.models.drafting import image_shape
 
         preprocessing = source.facts.preprocessing
         if ctx.data is not None:
@@ -79,7 +80,7 @@ class Export(Pass):
             preprocessing = ctx.data.preprocessing.to_json()
         classes = source.facts.classes or (ctx.data.dataset.classes if ctx.data is not None else ())
         torch.set_num_threads(ctx.threads)
-        shape = self._input_shape(source, ctx)
+        shape = image_shape(source, ctx, "export")
         model = load_model(source.path).cpu().eval()
         ctx.progress(0, 3, "exporting to ONNX")
         graph = export_onnx(model, shape, opset=self.opset, preprocessing=preprocessing, classes=classes)
@@ -123,17 +124,6 @@ class Export(Pass):
                 },
             ),
         )
-
-    def _input_shape(self, source: Artifact, ctx: Context) -> tuple[int, int, int]:
-        if ctx.data is not None:
-            return ctx.data.preprocessing.input_shape
-        channels, height, width = source.inputs[0].shape[1:]
-        if channels is None or height is None or width is None:
-            raise PassRequirementError(
-                f"export: the image size is not known (input {source.inputs[0].shape}); "
-                "name data in the recipe"
-            )
-        return channels, height, width
 
 
 def _by_pytorch(model: nn.Module) -> Evaluate:

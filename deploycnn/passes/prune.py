@@ -145,10 +145,10 @@ class Prune(Pass):
         import torch
 
         from deploycnn.models.artifact import load_model, save_model
+        from deploycnn.models.drafting import image_shape
         from deploycnn.models.macs import count_macs, count_params
         from deploycnn.pruning.charts import width_table
         from deploycnn.pruning.criteria import criterion
-        from deploycnn.pruning.inputs import input_shape
         from deploycnn.pruning.pruner import Goal, prune
         from deploycnn.pruning.schedule import prune_in_steps
         from deploycnn.training.determinism import deterministic
@@ -156,7 +156,7 @@ class Prune(Pass):
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "prune")
         wanted = criterion(self.importance, norm=self.norm, images=self.importance_images, ctx=ctx)
-        shape = input_shape(source, ctx, "prune")
+        shape = image_shape(source, ctx, "prune")
         model = load_model(source.path)
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
         goal = Goal(

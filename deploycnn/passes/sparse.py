@@ -166,13 +166,13 @@ class Sparse(Pass):
     ) -> tuple[dict[str, Any], list[Table]]:
         import torch
 
+        from deploycnn.models.drafting import image_shape
         from deploycnn.models.macs import count_macs
         from deploycnn.pruning import sparsity
         from deploycnn.pruning.costs import macs_by_layer
-        from deploycnn.pruning.inputs import input_shape
         from deploycnn.pruning.sparse_forecast import forecast
 
-        shape = input_shape(source, ctx, "sparse")
+        shape = image_shape(source, ctx, "sparse")
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
         able = {name: layer for name, layer in layers.items() if sparsity.why_not_two_four(layer) is None}
         if not able:

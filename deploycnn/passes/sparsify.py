@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Gt, Lt
 
-from deploycnn.core import Artifact, Context, Draft, Format, Pass, Table
+from deploycnn.core import Artifact, Context, Draft, Format, Json, Pass, Table
 from deploycnn.errors import PassRequirementError
 from deploycnn.training.settings import Optimizer, TrainingSettings
 
@@ -72,7 +71,6 @@ class Sparsify(TrainingSettings, Pass):
         """
         import torch
 
-        from deploycnn.models.artifact import save_model
         from deploycnn.pruning import regularization, zeros
         from deploycnn.pruning.counting import counted
         from deploycnn.pruning.structure import analyse, shrunk
@@ -100,20 +98,14 @@ class Sparsify(TrainingSettings, Pass):
             )
             history = fit(model, data, self, loss=loss, ctx=ctx)
         after = [regularization.share_small(model, group) for group in groups]
-        save_model(model, ctx.output)
         table = Table(
             title="Channels smaller than a tenth of their group's largest",
             columns=("group", "channels", "share before", "share after"),
             rows=tuple((g.name, g.width, b, a) for g, b, a in zip(groups, before, after, strict=True)),
         )
         sparsified = {"method": self.method, "strength": self._strength, "groups": len(groups)}
-        facts = dataclasses.replace(
-            source.facts,
-            preprocessing=data.preprocessing.to_json(),
-            classes=data.dataset.classes,
-            record={"training": history.to_json(), "sparsified": sparsified, "tables": [table.to_json()]},
-        )
-        return Draft(format="torch", inputs=source.inputs, outputs=source.outputs, facts=facts)
+        record: dict[str, Json] = {"sparsified": sparsified, "tables": [table.to_json()]}
+        return artifact.trained_draft(source, model, history, ctx, record)
 
     @property
     def _strength(self) -> float:

@@ -63,14 +63,14 @@ class ToTorch(Pass):
         from deploycnn.graph.bridge.tail import drop_final_softmax
         from deploycnn.graph.model import load_onnx, runtime_inputs
         from deploycnn.models.artifact import architecture, save_model, set_architecture
-        from deploycnn.models.drafting import INPUT_NAME, OUTPUT_NAME
+        from deploycnn.models.drafting import INPUT_NAME, OUTPUT_NAME, image_shape
         from deploycnn.models.macs import count_params, run_counted
 
         preprocessing = source.facts.preprocessing
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(preprocessing, "to_torch")
             preprocessing = ctx.data.preprocessing.to_json()
-        shape = self._input_shape(source, ctx)
+        shape = image_shape(source, ctx, "to_torch")
         torch.set_num_threads(ctx.threads)
         model = load_onnx(source.path)
         (value,) = runtime_inputs(model)
@@ -134,17 +134,6 @@ class ToTorch(Pass):
         ctx.log.info("parity: largest error %.3g on %d %s", parity.max_abs_error, len(images), images_source)
         parity.check("to_torch: the PyTorch model")
         return parity
-
-    @staticmethod
-    def _input_shape(source: Artifact, ctx: Context) -> tuple[int, int, int]:
-        if ctx.data is not None:
-            return ctx.data.preprocessing.input_shape
-        channels, height, width = source.inputs[0].shape[1:]
-        if channels is None or height is None or width is None:
-            raise PassRequirementError(
-                f"to_torch: the image size is not known (input {source.inputs[0].shape}); name data in the recipe"
-            )
-        return channels, height, width
 
 
 def _by_pytorch(module: fx.GraphModule, softmax: bool) -> Evaluate:

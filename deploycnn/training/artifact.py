@@ -19,6 +19,7 @@ from deploycnn.pruning import zeros
 from deploycnn.tasks import classification
 from deploycnn.training.determinism import deterministic
 from deploycnn.training.evaluate import evaluate
+from deploycnn.training.history import History
 from deploycnn.training.loop import fit
 from deploycnn.training.losses import Loss
 from deploycnn.training.settings import TrainingSettings
@@ -125,6 +126,21 @@ def train(
     if not isinstance(loss, Loss):
         loss = loss(model)
     history = fit(model, data, settings, loss=loss, ctx=ctx)
+    return trained_draft(source, model, history, ctx, record)
+
+
+def trained_draft(
+    source: Artifact,
+    model: nn.Module,
+    history: History,
+    ctx: Context,
+    record: Mapping[str, Json] | None = None,
+) -> Draft:
+    """Write ``model``, which was trained from ``source`` on the context's data, and describe it.
+
+    ``record`` is what is to be known of it beside the history, which stands under "training".
+    """
+    data = needed_data(ctx, "training")
     save_model(model, ctx.output)
     facts = dataclasses.replace(
         source.facts,
