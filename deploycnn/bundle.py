@@ -14,7 +14,6 @@ and in ``deploy.json`` where the engine may run; ``deploycnn profile`` and ``aud
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -91,8 +90,7 @@ def _copy_model(model: Path, folder: Path) -> dict[str, str]:
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(item, copy)
-        with copy.open("rb") as file:
-            digests[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[str(name)] = files.sha256_of(copy)
     return digests
 
 

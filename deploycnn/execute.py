@@ -180,6 +180,7 @@ class _Log(logging.FileHandler):
 
 def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
     """What times models on the recipe's target at the settings of its profile; ``None`` where it cannot run here."""
+    from deploycnn.profiling.remembering import RememberingStopwatch
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
 
     spec = recipe.target.runtimes[0]
@@ -188,13 +189,15 @@ def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
     if "onnx" not in runtime.accepts or not runtime.availability().ok:
         return None
     threads = [available_threads() if item == "all" else int(item) for item in recipe.profile.threads]
-    return RuntimeStopwatch(
-        runtime=spec,
-        settings=tuple(
-            dict.fromkeys((size, count) for count in threads for size in recipe.profile.batch_sizes)
-        ),
-        image_shape=data.preprocessing.input_shape if data is not None else None,
-        seed=recipe.seed,
+    return RememberingStopwatch(
+        stopwatch=RuntimeStopwatch(
+            runtime=spec,
+            settings=tuple(
+                dict.fromkeys((size, count) for count in threads for size in recipe.profile.batch_sizes)
+            ),
+            image_shape=data.preprocessing.input_shape if data is not None else None,
+            seed=recipe.seed,
+        )
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from deploycnn import schema
 from deploycnn.core import Format, Pass, Source
 from deploycnn.errors import RecipeError, nearest
+from deploycnn.files import sha256_of
 from deploycnn.recipe import Recipe
 
 #: Enters every key: bump when the meaning of all artifacts changes.
@@ -237,5 +238,4 @@ def file_hash(path: Path) -> str:
 
 @functools.cache
 def _file_hash(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - part of the cache's key
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)

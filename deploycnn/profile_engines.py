@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from deploycnn.engines import building, device, flavour, vouch
 from deploycnn.engines.auditing import engine_file
 from deploycnn.engines.flavour import Name
 from deploycnn.errors import ArtifactError
+from deploycnn.files import sha256_of
 
 #: What a file's ending says that it holds.
 ENDINGS = (".engine", ".plan", ".trt")
@@ -70,8 +70,7 @@ def bring(path: Path, name: str, *, trust: bool) -> evidence.Entry:
         inputs, outputs = _specs(content["inputs"]), _specs(content["outputs"])
     else:
         inputs, outputs = _ask_engine(engine)
-    with engine.open("rb") as file:
-        key = hashlib.file_digest(file, "sha256").hexdigest()
+    key = sha256_of(engine)
     facts = Facts(
         size_bytes=engine.stat().st_size,
         preprocessing=content.get("preprocessing"),

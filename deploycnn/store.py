@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import shutil
 import time
@@ -249,7 +248,7 @@ def _checked(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
         path = folder / name
         if not path.is_file():
             raise ArtifactError(f"{path}: missing; the manifest lists it")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected["bytes"] or files.sha256_of(path) != expected["sha256"]:
             raise ArtifactError(f"{path}: changed since it was made (its sha256 does not match the manifest)")
     facts = dict(manifest["facts"])
     facts["classes"] = tuple(facts["classes"])
@@ -293,9 +292,4 @@ def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}

@@ -7,7 +7,6 @@ files can forge both. An engine without a manifest is loaded only where the user
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from deploycnn.engines.device import Gpu, current_gpu
 from deploycnn.engines.flavour import Flavour
 from deploycnn.engines.settings import EngineRecord
 from deploycnn.errors import ArtifactError
+from deploycnn.files import sha256_of
 
 #: Names of the option that lets an unknown engine pass.
 TRUST = "--trust-engine"
@@ -63,8 +63,7 @@ def read_record(path: Path, *, trust: bool = False) -> EngineRecord | None:
             f"build it here, or load it with {TRUST} if you know where it comes from"
         )
     manifest, sha256, record = found
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = sha256_of(path)
     if actual != sha256:
         raise ArtifactError(
             f"{path}: changed since it was made: its sha256 {actual[:12]} is not the {str(sha256)[:12]} of "
@@ -86,12 +85,11 @@ def check_companion(path: Path) -> None:
         stated = listed.get(path.name)
         if isinstance(stated, Mapping):
             stated = stated.get("sha256")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != stated:
-                raise ArtifactError(
-                    f"{path}: changed since it was made (its sha256 is not that of {manifest.name}); "
-                    "build or copy it again"
-                )
+        if sha256_of(path) != stated:
+            raise ArtifactError(
+                f"{path}: changed since it was made (its sha256 is not that of {manifest.name}); "
+                "build or copy it again"
+            )
         return
 
 
