@@ -32,7 +32,7 @@ from deploycnn.pruning import importance
 from deploycnn.pruning.allocation import Ladder, ladders
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.latency_goal import draw, posed_problem
-from deploycnn.pruning.solver import solve
+from deploycnn.pruning.solver import integer_optimum, solve
 from deploycnn.pruning.structure import analyse, shrunk
 from deploycnn.pruning.surgery import Removals
 
@@ -103,7 +103,6 @@ def solver(arguments: argparse.Namespace) -> dict[str, Any]:
     bench, groups, found, table = prepared(arguments)
     posed = posed_problem(bench.model, bench.layers(), groups, found, table)
     dense = posed.cost([0] * len(found))
-    total = sum(float(loss[-1]) for loss in posed.losses)
     rows = []
     for ratio in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         start = time.perf_counter()
@@ -112,14 +111,21 @@ def solver(arguments: argparse.Namespace) -> dict[str, Any]:
         if solution is None:
             rows.append({"ratio": ratio, "seconds": seconds, "gap": None})
             continue
-        rows.append(
-            {
-                "ratio": ratio,
-                "seconds": seconds,
-                "cost": solution.cost / dense,
-                "gap": (solution.loss - solution.bound) / (total - solution.bound),
-            }
-        )
+        row = {
+            "ratio": ratio,
+            "seconds": seconds,
+            "cost": solution.cost / dense,
+            "proven_gap": solution.loss / solution.bound - 1,
+        }
+        if arguments.reference_s:
+            exact = integer_optimum(posed, ratio * dense, seconds=arguments.reference_s)
+            if exact is not None:
+                row |= {
+                    "against_ilp": solution.loss / exact.loss - 1,
+                    "ilp_proven_gap": exact.loss / max(exact.bound, solution.bound) - 1,
+                }
+        rows.append(row)
+        print(row, flush=True)
     return {"net": arguments.net, "ladders": len(found), "rows": rows}
 
 
@@ -172,6 +178,12 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=0.6, help="seconds of timing for each model")
+    parser.add_argument(
+        "--reference-s",
+        type=float,
+        default=60,
+        help="for solver: seconds of the whole integer program; 0: none",
+    )
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the dense latency, for speed")
     parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
     parser.add_argument("--weights", type=Path)

@@ -100,7 +100,7 @@ def solve(problem: Problem, budget: float) -> Solution | None:
     within = [levels for levels in seen if problem.cost(levels) <= budget * (1 + 1e-12)]
     best = min(within, key=problem.loss)
     near = sorted(seen, key=lambda levels: abs(problem.cost(levels) - budget))[:4]
-    refined = _integer_program(problem, budget, _around(problem, [best, *near]))
+    refined, _ = _integer_program(problem, budget, _around(problem, [best, *near]), seconds=_TIME_S)
     if (
         refined is not None
         and problem.cost(refined) <= budget * (1 + 1e-9)
@@ -108,6 +108,15 @@ def solve(problem: Problem, budget: float) -> Solution | None:
     ):
         best = refined
     return Solution(levels=best, loss=problem.loss(best), cost=problem.cost(best), bound=bound)
+
+
+def integer_optimum(problem: Problem, budget: float, *, seconds: float) -> Solution | None:
+    """What HiGHS finds by itself in ``seconds`` among all levels, and its bound: :func:`solve` is held against it."""
+    allowed = [list(range(len(loss))) for loss in problem.losses]
+    levels, bound = _integer_program(problem, budget, allowed, seconds=seconds)
+    if levels is None:
+        return None
+    return Solution(levels=levels, loss=problem.loss(levels), cost=problem.cost(levels), bound=bound)
 
 
 def _relax(
@@ -206,9 +215,9 @@ def _around(problem: Problem, centres: Sequence[tuple[int, ...]]) -> list[list[i
 
 
 def _integer_program(
-    problem: Problem, budget: float, allowed: Sequence[Sequence[int]]
-) -> tuple[int, ...] | None:
-    """The best levels among ``allowed`` that HiGHS finds in its time; ``None`` where it finds none.
+    problem: Problem, budget: float, allowed: Sequence[Sequence[int]], *, seconds: float
+) -> tuple[tuple[int, ...] | None, float]:
+    """The best levels among ``allowed`` that HiGHS finds in its time (``None``: none), and its bound of their loss.
 
     A binary for each level, and a number in [0, 1] for each cell of a factor, whose sums along an axis are the binaries
     of that axis.
@@ -251,11 +260,13 @@ def _integer_program(
         ],
         integrality=np.concatenate([np.ones(binaries), np.zeros(count - binaries)]),
         bounds=Bounds(0, 1),
-        options={"time_limit": _TIME_S, "mip_rel_gap": _GAP},
+        options={"time_limit": seconds, "mip_rel_gap": _GAP},
     )
+    bound = -math.inf if found.mip_dual_bound is None else float(found.mip_dual_bound)
     if found.x is None:
-        return None
-    return tuple(
-        levels[int(np.argmax(found.x[int(starts[v]) : int(starts[v + 1])]))]
-        for v, levels in enumerate(allowed)
+        return None, bound
+    levels = tuple(
+        choices[int(np.argmax(found.x[int(starts[v]) : int(starts[v + 1])]))]
+        for v, choices in enumerate(allowed)
     )
+    return levels, bound

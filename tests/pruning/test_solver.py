@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploycnn.pruning.solver import Factor, Problem, cheapest, solve
+from deploycnn.pruning.solver import Factor, Problem, cheapest, integer_optimum, solve
 
 
 def random_problem(seed: int, variables: int, levels: int) -> Problem:
@@ -65,6 +65,18 @@ def test_the_solution_is_within_a_thousandth_of_the_best_of_all(
     assert found.loss == pytest.approx(problem.loss(found.levels))
     assert found.bound <= best + 1e-9
     assert total - found.loss >= (total - best) * (1 - 1e-3) - 1e-9
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0.02, 0.98))
+@settings(max_examples=20, deadline=None)
+def test_the_integer_program_by_itself_finds_the_best_of_all(seed: int, share: float) -> None:
+    problem = random_problem(seed, 4, 4)
+    low, high = problem.cost(cheapest(problem)), problem.cost([0] * 4)
+    budget = low + share * (high - low) + 1e-9
+    found = integer_optimum(problem, budget, seconds=20)
+    assert found is not None
+    assert found.loss == pytest.approx(exhaustive(problem, budget), rel=1e-4)
+    assert found.bound == pytest.approx(found.loss, rel=1e-4)
 
 
 @given(seed=st.integers(0, 1000))
