@@ -23,6 +23,7 @@ from typing import Any
 
 import deploycnn
 from deploycnn import environment
+from deploycnn.api import load_recipe, open_data
 from deploycnn.errors import DeployCNNError
 
 NETS = (
@@ -46,7 +47,7 @@ def write_weights(net: str, path: Path) -> None:
     from deploycnn.sources.torchvision import Torchvision
     from deploycnn.training.batchnorm import reestimate
 
-    data = deploycnn.api.open_data(deploycnn.load_recipe(recipe(net, 1.0, "random")))
+    data = open_data(load_recipe(recipe(net, 1.0, "random")))
     if data is None:
         raise TypeError("the recipe names data")
     torch.manual_seed(0)
@@ -130,6 +131,7 @@ def main() -> int:
     hardware = re.sub(r"[^a-z0-9]+", "-", here.cpu.lower()).strip("-")
     month = datetime.now().astimezone().strftime("%Y%m")
     path = arguments.out / f"torchvision-sweep_{hardware}_{month}.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": here.to_json(), "nets": results}, indent=1))
     print(f"raw results: {path}")
     return 0
