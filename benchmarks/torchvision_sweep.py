@@ -13,7 +13,6 @@ intervals.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import traceback
@@ -25,6 +24,7 @@ import deploycnn
 from deploycnn import environment
 from deploycnn.api import load_recipe, open_data
 from deploycnn.errors import DeployCNNError
+from deploycnn.files import write_json
 
 NETS = (
     "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2_x1_0",
@@ -89,50 +89,50 @@ def show(variant: dict[str, Any]) -> str:
     return f"{speedup['ratio']:5.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})"
 
 
+def sweep(net: str, out: Path, budget_s: float) -> dict[str, Any]:
+    """What became of a net, which is also printed."""
+    try:
+        weights = out / "weights" / f"{net}.safetensors"
+        write_weights(net, weights)
+        run = deploycnn.compress(recipe(net, budget_s, weights.absolute()), out=out / net)
+    except DeployCNNError as error:
+        print(f"{net:20} failed: {error}", flush=True)
+        return {"error": str(error)}
+    except Exception as error:  # our own bug in one net must not hide what the others do
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    variants = {variant["name"]: variant for variant in run.report["variants"]}
+    fp32 = variants["fp32"]
+    parity = [
+        f"{variants[name]['parity'][kind]:.0e}"
+        for name in ("fp32", "pruned")
+        for kind in ("max_rel_error", "max_spread_error")
+        if variants[name]["parity"]
+    ]
+    kept = variants["pruned"]["macs"] / fp32["macs"] if variants["pruned"]["macs"] else float("nan")
+    print(
+        f"{net:20} {fp32['latency_ms']['1']['median']:7.2f} ms  parity {' '.join(parity)}  MACs x{kept:.2f}  "
+        + "  ".join(f"{name} {show(variants[name])}" for name in ("int8", "pruned", "pruned_int8")),
+        flush=True,
+    )
+    return {"variants": variants, "problems": run.problems}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/torchvision-sweep"))
     parser.add_argument("--only", help="nets, separated by commas")
     parser.add_argument("--budget-s", type=float, default=3.0)
     arguments = parser.parse_args()
-    nets = arguments.only.split(",") if arguments.only else NETS
-    results: dict[str, Any] = {}
-    for net in nets:
-        try:
-            weights = arguments.out / "weights" / f"{net}.safetensors"
-            write_weights(net, weights)
-            run = deploycnn.compress(
-                recipe(net, arguments.budget_s, weights.absolute()), out=arguments.out / net
-            )
-        except DeployCNNError as error:
-            results[net] = {"error": str(error)}
-            print(f"{net:20} failed: {error}", flush=True)
-            continue
-        except Exception as error:  # our own bug in one net must not hide what the others do
-            traceback.print_exc()
-            results[net] = {"error": f"{type(error).__name__}: {error}"}
-            continue
-        variants = {variant["name"]: variant for variant in run.report["variants"]}
-        results[net] = {"variants": variants, "problems": run.problems}
-        fp32 = variants["fp32"]
-        parity = [
-            f"{variants[name]['parity'][kind]:.0e}"
-            for name in ("fp32", "pruned")
-            for kind in ("max_rel_error", "max_spread_error")
-            if variants[name]["parity"]
-        ]
-        kept = variants["pruned"]["macs"] / fp32["macs"] if variants["pruned"]["macs"] else float("nan")
-        print(
-            f"{net:20} {fp32['latency_ms']['1']['median']:7.2f} ms  parity {' '.join(parity)}  MACs x{kept:.2f}  "
-            + "  ".join(f"{name} {show(variants[name])}" for name in ("int8", "pruned", "pruned_int8")),
-            flush=True,
-        )
     here = environment.detect()
     hardware = re.sub(r"[^a-z0-9]+", "-", here.cpu.lower()).strip("-")
     month = datetime.now().astimezone().strftime("%Y%m")
     path = arguments.out / f"torchvision-sweep_{hardware}_{month}.json"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": here.to_json(), "nets": results}, indent=1))
+    results: dict[str, Any] = {}
+    for net in arguments.only.split(",") if arguments.only else NETS:
+        results[net] = sweep(net, arguments.out, arguments.budget_s)
+        # After each net: what is broken off keeps what it has.
+        write_json(path, {"environment": here.to_json(), "nets": results})
     print(f"raw results: {path}")
     return 0
 
