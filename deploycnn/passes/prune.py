@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from deploycnn.pruning.importance import Criterion
     from deploycnn.pruning.latency_goal import LatencyGoal
+    from deploycnn.pruning.pruner import Goal
 
 Importance = Literal[
     "magnitude",
@@ -149,7 +150,7 @@ class Prune(Pass):
         from deploycnn.models.macs import count_macs, count_params
         from deploycnn.pruning.charts import width_table
         from deploycnn.pruning.criteria import criterion
-        from deploycnn.pruning.pruner import Goal, prune
+        from deploycnn.pruning.pruner import prune
         from deploycnn.pruning.schedule import prune_in_steps
         from deploycnn.training.determinism import deterministic
 
@@ -159,17 +160,7 @@ class Prune(Pass):
         shape = image_shape(source, ctx, "prune")
         model = load_model(source.path)
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
-        goal = Goal(
-            pruning_ratio=self.pruning_ratio,
-            macs_ratio=self.macs_ratio,
-            params_ratio=self.params_ratio,
-            latency=self._latency(model, images, ctx),
-            scope=self.scope,
-            round_to=self.round_to,
-            max_ratio=self.max_ratio,
-            protect=self.protect,
-            ratios=self.ratios,
-        )
+        goal = self._goal(model, images, ctx)
         with deterministic(threads=ctx.threads, device=ctx.device):
             tables = [_sensitivity(model, images, wanted, self.protect, ctx)] if self.sensitivity else []
             if self.tune is None:
@@ -209,6 +200,21 @@ class Prune(Pass):
             },
         )
         return Draft(format="torch", inputs=source.inputs, outputs=source.outputs, facts=facts)
+
+    def _goal(self, model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> Goal:
+        from deploycnn.pruning.pruner import Goal
+
+        return Goal(
+            pruning_ratio=self.pruning_ratio,
+            macs_ratio=self.macs_ratio,
+            params_ratio=self.params_ratio,
+            latency=self._latency(model, images, ctx),
+            scope=self.scope,
+            round_to=self.round_to,
+            max_ratio=self.max_ratio,
+            protect=self.protect,
+            ratios=self.ratios,
+        )
 
     def _latency(self, model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> LatencyGoal | None:
         """The goal of latency, with what measures it here or the table that was measured elsewhere."""

@@ -8,7 +8,7 @@ one side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -71,6 +71,17 @@ def widths(model: nn.Module) -> dict[str, tuple[int, int]]:
         name: (width(layer, "in"), width(layer, "out"))
         for name, layer in model.named_modules()
         if isinstance(layer, MIXING)
+    }
+
+
+def changed_widths(
+    before: Mapping[str, tuple[int, int]], model: nn.Module
+) -> dict[str, dict[str, list[int]]]:
+    """Widths of ``model``'s layers that were others ``before``: name -> {"before", "after"}, each [in, out]."""
+    return {
+        name: {"before": list(before[name]), "after": list(now)}
+        for name, now in widths(model).items()
+        if now != before[name]
     }
 
 

@@ -27,7 +27,7 @@ from deploycnn.pruning.costs import macs_after, macs_by_layer
 from deploycnn.pruning.groups import ChannelGroup, IntArray, Protected
 from deploycnn.pruning.importance import Criterion, Scores
 from deploycnn.pruning.latency_goal import LatencyGoal
-from deploycnn.pruning.layers import widths
+from deploycnn.pruning.layers import changed_widths, widths
 from deploycnn.pruning.params_goal import steps_for_params
 from deploycnn.pruning.structure import Structure, analyse, check_modules, is_inside, shrunk
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, removals, remove
@@ -122,11 +122,7 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
         "params_after": count_params(model),
         "pruning_ratio": sum(len(channels) for _, channels in losses)
         / sum(g.width for g in structure.groups),
-        "widths": {
-            name: {"before": list(old_widths[name]), "after": list(now)}
-            for name, now in widths(model).items()
-            if now != old_widths[name]
-        },
+        "widths": changed_widths(old_widths, model),
         "protected": [
             {"layers": list(kept.layers), "channels": kept.channels, "reason": kept.reason}
             for kept in protected

@@ -15,7 +15,7 @@ from deploycnn.files import write_json
 from deploycnn.models.artifact import get_architecture, load_model, save_model
 from deploycnn.models.macs import count_macs
 from deploycnn.pruning.importance import Criterion
-from deploycnn.pruning.layers import widths
+from deploycnn.pruning.layers import changed_widths, widths
 from deploycnn.pruning.pruner import Goal, NothingToRemoveError, prune
 
 #: Trains a model in place after the cut of that number, and says how it went.
@@ -67,13 +67,13 @@ def prune_in_steps(
         }
         part = _part(goal, reached, step, steps)
         try:
-            # Widths come in multiples: the cut before may have taken this one's share along, or the next one will.
             cut = prune(model, images, criterion, part, seed=seed) if part is not None else None
         except NothingToRemoveError:
             if step == steps and not record:
                 raise
             cut = None
         if cut is None:
+            # Widths come in multiples: the cut before took this one's share along, or the next one will.
             entries.append(reached)
             record = {**record, "steps": entries} if record else record
             continue
@@ -84,19 +84,14 @@ def prune_in_steps(
         if step < steps:
             entry["training"] = tune(model, step)
         entries.append(entry)
-        record = {
-            **cut,
+        since_first = {
             "macs_before": first_macs,
             "params_before": record.get("params_before", cut["params_before"]),
             "macs_ratio": entry["macs_ratio"],
             "pruning_ratio": entry["pruning_ratio"],
-            "widths": {
-                name: {"before": list(first_widths[name]), "after": list(width)}
-                for name, width in widths(model).items()
-                if width != first_widths[name]
-            },
-            "steps": entries,
+            "widths": changed_widths(first_widths, model),
         }
+        record = {**cut, **since_first, "steps": entries}
         if step < steps:
             _keep(model, record, scratch / f"step-{step}")
     return model, record
