@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,19 @@ def audit_engine(
             )
         asked = audit.asked_of(model)
     elif kept:
-        asked = [audit.Asked(**item) for item in kept["asked"]]
+        asked = _asked(kept, engine.with_name(LAYERS))
     else:
         raise ArtifactError(
             f"{engine}: nothing beside it says what it was built from; name the graph with --onnx"
         )
-    result = audit.audit(layers.parse(text), asked, _times(times))
+    found = layers.parse(text)
+    timed = _times(times)
+    if isinstance(times, Path) and not timed.keys() & {layer.name for layer in found}:
+        raise ArtifactError(
+            f'{times}: names no layer of {engine} (its first is "{found[0].name}"); '
+            "give the times of this engine, by the names that `audit --json` prints"
+        )
+    result = audit.audit(found, asked, timed)
     return Audited(path=engine, record=record, source=source, audit=result)
 
 
@@ -105,7 +113,19 @@ def _kept(engine: Path) -> Mapping[str, Any] | None:
     content = _json(path)
     if content.get("schema_version") != 1 or not {"source", "information", "asked"} <= set(content):
         raise ArtifactError(f"{path}: written by another version of deploycnn; build the engine anew")
+    if not (isinstance(content["source"], str) and isinstance(content["information"], str)):
+        raise ArtifactError(f"{path}: damaged: tells no layers; build the engine anew")
     return content
+
+
+def _asked(content: Mapping[str, Any], path: Path) -> list[audit.Asked]:
+    """What the graph asked for, as it was kept beside the engine."""
+    try:
+        return [audit.Asked(**item) for item in content["asked"]]
+    except TypeError as error:
+        raise ArtifactError(
+            f"{path}: damaged: does not tell the graph ({error}); build the engine anew"
+        ) from error
 
 
 def _inspect(engine: Path, record: EngineRecord | None, *, trust: bool) -> tuple[Literal["inspector"], str]:
@@ -134,9 +154,13 @@ def _times(path: Path | Mapping[str, float] | None) -> Mapping[str, float]:
     if not isinstance(path, Path):
         return path or {}
     content = _json(path)
-    if not all(isinstance(value, int | float) and value >= 0 for value in content.values()):
-        raise ArtifactError(f"{path}: should map layer names to milliseconds")
+    if not all(_is_time(value) for value in content.values()):
+        raise ArtifactError(f"{path}: should map layer names to milliseconds; write numbers of 0 or more")
     return {str(name): float(value) for name, value in content.items()}
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _json(path: Path) -> Mapping[str, Any]:

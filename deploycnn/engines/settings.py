@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from deploycnn.core import Json
-from deploycnn.engines.flavour import Name
+from deploycnn.engines.names import MODULES, Name
 from deploycnn.errors import ArtifactError
 
 Hardware = Literal["none", "ampere_plus", "same_compute_capability"]
@@ -89,7 +89,34 @@ class EngineRecord:
         if not isinstance(value, Mapping) or set(value) != known:
             raise ArtifactError(f"{where}: says nothing usable of the engine; build it anew")
         plain = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
-        texts = ("flavour", "version", "gpu", "capability", "hardware_compatibility", "onnx_sha256")
-        if not all(isinstance(plain[name], str) for name in texts) or len(plain["batch"]) != 3:
-            raise ArtifactError(f"{where}: says nothing usable of the engine; build it anew")
+        for name, item in plain.items():
+            if not _FITS[name](item):
+                raise ArtifactError(
+                    f"{where}: says nothing usable of the engine ({name} is {value[name]!r}); build it anew"
+                )
         return cls(**cast("Any", plain))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+#: What each field of an :class:`EngineRecord` may hold.
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "flavour": lambda value: _is_text(value) and value in MODULES,
+    "version": _is_text,
+    "gpu": _is_text,
+    "capability": _is_text,
+    "compute_capabilities": lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+    "hardware_compatibility": lambda value: value in get_args(Hardware),
+    "version_compatible": _is_switch,
+    "weight_stripped": _is_switch,
+    "batch": lambda value: (
+        isinstance(value, tuple) and len(value) == 3 and all(type(item) is int and item > 0 for item in value)
+    ),
+    "onnx_sha256": _is_text,
+}

@@ -81,8 +81,8 @@ def check_companion(path: Path) -> None:
     for manifest in (path.with_name("manifest.json"), path.with_name("deploy.json")):
         if not manifest.is_file():
             continue
-        listed = _read(manifest).get("files", {})
-        stated = listed.get(path.name)
+        listed = _read(manifest).get("files")
+        stated = listed.get(path.name) if isinstance(listed, Mapping) else None
         if isinstance(stated, Mapping):
             stated = stated.get("sha256")
         if sha256_of(path) != stated:

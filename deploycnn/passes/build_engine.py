@@ -66,6 +66,14 @@ class BuildEngine(Pass):
         bool, "tensorrt: keep the timings of kernels for later builds on this GPU with this version."
     ] = True
 
+    def __post_init__(self) -> None:
+        """Refuse batch sizes that contradict each other while the recipe is read, before anything is trained."""
+        if not self.min_batch <= self.opt_batch <= self.max_batch:
+            raise ValueError(
+                f"min_batch {self.min_batch}, opt_batch {self.opt_batch} and max_batch {self.max_batch} "
+                "must grow in this order"
+            )
+
     def extra_identity(self) -> Json:
         """Engines of other library versions are other engines."""
         from deploycnn.engines import flavour
@@ -78,14 +86,6 @@ class BuildEngine(Pass):
             except RuntimeUnavailable:
                 found[name] = ""
         return found
-
-    def requires(self, source: Artifact) -> None:  # noqa: ARG002 - the fields are what is checked
-        """Check the batch sizes against each other and against the graph's own."""
-        if not self.min_batch <= self.opt_batch <= self.max_batch:
-            raise PassRequirementError(
-                f"build_engine: min_batch {self.min_batch}, opt_batch {self.opt_batch} and max_batch "
-                f"{self.max_batch} must grow in this order"
-            )
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Write ``model.engine``, ``layers.json`` and, for weight-stripped engines, ``model.onnx``.

@@ -65,6 +65,45 @@ def test_times_are_shown(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    ("times", "why"),
+    [
+        ({"another engine's layer": 0.5}, "names no layer of"),
+        ({}, "names no layer of"),
+        ({"conv1": float("inf")}, "should map layer names"),
+        ({"conv1": True}, "should map layer names"),
+    ],
+)
+def test_times_that_are_not_of_this_engine_are_refused(
+    times: dict[str, float], why: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps(times))
+    assert main(["audit", str(folder), "--times", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        ({"information": 3, "asked": []}, "tells no layers"),
+        ({"information": '[{"Name": "a"}]', "asked": 4}, "does not tell the graph"),
+        ({"information": '[{"Name": "a"}]', "asked": [{"z": 1}]}, "does not tell the graph"),
+    ],
+)
+def test_damaged_layers_beside_a_trusted_engine(
+    layers: dict[str, object], why: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.engine").write_bytes((folder / "model.engine").read_bytes())
+    (tmp_path / "layers.json").write_text(json.dumps({"schema_version": 1, "source": "inspector", **layers}))
+    assert main(["audit", str(tmp_path), "--trust-engine"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'layers.json'}: damaged" in error
+    assert why in error
+
+
+@pytest.mark.parametrize(
     ("arguments", "why"),
     [
         (["{folder}", "--fail-on", "int8<"], "write a metric"),

@@ -66,6 +66,14 @@ def test_an_engine_made_here_is_let_pass(bundle: bool, tmp_path: Path) -> None:
     vouch.check_companion(path.with_name("layers.json"))
 
 
+@pytest.mark.parametrize("listed", [None, [1], {}, {"layers.json": 5}])
+def test_a_manifest_that_lists_no_files_vouches_for_none(listed: Any, tmp_path: Path) -> None:
+    path = engine(tmp_path, bundle=True).with_name("deploy.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": listed}))
+    with pytest.raises(ArtifactError, match="changed since it was made"):
+        vouch.check_companion(tmp_path / "layers.json")
+
+
 @pytest.mark.parametrize("bundle", [False, True])
 def test_a_tampered_engine_is_refused(bundle: bool, tmp_path: Path) -> None:
     path = engine(tmp_path, bundle=bundle)
@@ -162,6 +170,13 @@ def test_the_record_survives_json_and_nothing_else_does() -> None:
         {**AHEAD.to_json(), "more": 1},
         {**AHEAD.to_json(), "batch": [1]},
         {**AHEAD.to_json(), "gpu": 3},
+        {**AHEAD.to_json(), "batch": 3},
+        {**AHEAD.to_json(), "batch": ["a", "b", "c"]},
+        {**AHEAD.to_json(), "flavour": "tensorflow"},
+        {**AHEAD.to_json(), "flavour": ["tensorrt"]},
+        {**AHEAD.to_json(), "compute_capabilities": 8},
+        {**AHEAD.to_json(), "hardware_compatibility": "all"},
+        {**AHEAD.to_json(), "version_compatible": "no"},
     ):
         with pytest.raises(ArtifactError, match="m: says nothing usable"):
             EngineRecord.from_json(wrong, "m")
