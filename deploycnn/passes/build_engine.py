@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 #: Targets whose engines these are.
 _TARGETS = ("tensorrt", "tensorrt-rtx")
 
+#: What the builder takes as a size of an axis; beyond it, it says no more than that shapes are inconsistent.
+_LARGEST = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildEngine(Pass):
@@ -35,9 +38,11 @@ class BuildEngine(Pass):
         Literal["target", "tensorrt", "tensorrt-rtx"],
         "Which TensorRT builds; target: that of the recipe's target. tensorrt-rtx builds without a GPU too.",
     ] = "target"
-    min_batch: Annotated[int, Ge(1), "Smallest batch that the engine takes."] = 1
-    opt_batch: Annotated[int, Ge(1), "Batch that it is optimized for."] = 1
-    max_batch: Annotated[int, Ge(1), "Largest batch; it decides how much memory the engine takes."] = 64
+    min_batch: Annotated[int, Interval(ge=1, le=_LARGEST), "Smallest batch that the engine takes."] = 1
+    opt_batch: Annotated[int, Interval(ge=1, le=_LARGEST), "Batch that it is optimized for."] = 1
+    max_batch: Annotated[
+        int, Interval(ge=1, le=_LARGEST), "Largest batch; it decides how much memory the engine takes."
+    ] = 64
     workspace_mib: Annotated[
         int | None, Ge(1), "Scratch memory that one layer may take, in MiB; by default all of the device."
     ] = None

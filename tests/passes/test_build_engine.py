@@ -117,3 +117,12 @@ def test_versions_of_the_library_are_part_of_the_identity(monkeypatch: pytest.Mo
     monkeypatch.setattr(flavour, "version_of", lambda _: "99.0")
     assert BuildEngine().extra_identity() != before
     assert BuildEngine.uses_environment
+
+
+def test_a_batch_that_no_axis_holds_is_refused_with_the_key() -> None:
+    from deploycnn import schema
+    from deploycnn.errors import RecipeError
+
+    with pytest.raises(RecipeError, match=r"step\.max_batch: should be less than or equal to 2147483647"):
+        schema.build(BuildEngine, {"max_batch": 2**31}, "step")
+    assert schema.build(BuildEngine, {"max_batch": 2**31 - 1}, "step").max_batch == 2**31 - 1
