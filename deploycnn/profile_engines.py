@@ -67,7 +67,12 @@ def bring(path: Path, name: str, *, trust: bool) -> evidence.Entry:
         json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
     )
     if content:
-        inputs, outputs = _specs(content["inputs"]), _specs(content["outputs"])
+        try:
+            inputs, outputs = _specs(content["inputs"]), _specs(content["outputs"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{described}: does not tell inputs and outputs as bundles do ({error!r}); export it again"
+            ) from error
     else:
         inputs, outputs = _ask_engine(engine)
     key = sha256_of(engine)

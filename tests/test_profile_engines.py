@@ -55,6 +55,17 @@ def test_a_bundle_tells_what_it_holds(tmp_path: Path) -> None:
     assert artifact.path == path
 
 
+@pytest.mark.parametrize(
+    "inputs", [3, [{"name": "images"}], [{"name": "images", "dtype": "float32", "shape": 4}]]
+)
+def test_a_bundle_that_tells_no_inputs_is_refused(inputs: object, tmp_path: Path) -> None:
+    engine(tmp_path, AHEAD, bundle=True)
+    described = json.loads((tmp_path / "deploy.json").read_text()) | {"inputs": inputs, "outputs": []}
+    (tmp_path / "deploy.json").write_text(json.dumps(described))
+    with pytest.raises(ArtifactError, match=r"deploy\.json: does not tell inputs and outputs"):
+        profile_engines.bring(tmp_path, "mine", trust=False)
+
+
 def test_a_tampered_engine_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

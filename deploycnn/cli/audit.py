@@ -51,8 +51,9 @@ def command(
 ) -> int:
     """Audit ENGINE: an engine file, or the folder of an artifact or bundle.
 
-    Metrics for --fail-on: int8_macs, fp16_macs, bf16_macs, tf32_macs, fp32_macs (shares of the multiply-accumulates),
-    as_asked, reformats, layers, unmatched; with --times or --measure also time_ms and reformat_ms.
+    Metrics for --fail-on: int8_macs, fp16_macs, bf16_macs, tf32_macs, fp32_macs, fp8_macs (shares of the
+    multiply-accumulates), as_asked, reformats, layers, unmatched; with --times or --measure also time_ms and
+    reformat_ms.
     """
     from deploycnn.cli.console import echo, print_json
     from deploycnn.engines.audit import Threshold

@@ -305,7 +305,7 @@ class Threshold:
             RecipeError: there is no such metric; names the nearest.
         """
         if self.metric not in metrics:
-            timed = " (times need --times)" if self.metric.endswith("_ms") else ""
+            timed = " (times need --times or --measure)" if self.metric.endswith("_ms") else ""
             raise RecipeError(
                 f'--fail-on {self}: no metric "{self.metric}"{timed}; {nearest(self.metric, metrics)}'
             )

@@ -17,7 +17,7 @@ from deploycnn.engines.flavour import Flavour
 from deploycnn.engines.log import Log, listening
 from deploycnn.engines.progress import Phases, make_monitor
 from deploycnn.engines.settings import BuildSettings, EngineRecord
-from deploycnn.errors import ArtifactError, PassRequirementError
+from deploycnn.errors import ArtifactError, PassRequirementError, RuntimeUnavailable
 from deploycnn.graph.model import load_onnx, runtime_inputs, shape_of
 
 #: How often the waiting thread looks whether it was interrupted.
@@ -70,6 +70,13 @@ def build(
     """
     model = load_onnx(path)
     check(model, path.name, flavour, settings)
+    if flavour.is_rtx and gpu is None and (settings.weight_stripped or settings.refittable):
+        # Its builder would fail after a while, with a message of its own on stderr.
+        option = "weight_stripped" if settings.weight_stripped else "refittable"
+        raise RuntimeUnavailable(
+            f"build_engine: {flavour.name} {flavour.version} needs a GPU to build with {option}: true; "
+            f"leave {option} out or build on a GPU host"
+        )
     kept = log if log is not None else Log()
     with listening(kept):
         plan, cache = _Build(path, model, flavour, settings, gpu, kept, progress).run(timing_cache)
@@ -164,9 +171,7 @@ class _Build:
             raise self.error
         plan, cache = self.result
         if plan is None:
-            raise failures.build_error(
-                self.log, self.path.name, self.flavour, self.settings, has_gpu=self.gpu is not None
-            )
+            raise failures.build_error(self.log, self.path.name, self.flavour, self.settings)
         return plan, cache
 
     def _work(self, timing_cache: bytes) -> None:

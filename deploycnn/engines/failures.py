@@ -76,9 +76,7 @@ def layer_at_work(log: Log) -> str:
     return ""
 
 
-def build_error(
-    log: Log, what: str, flavour: Flavour, settings: BuildSettings, *, has_gpu: bool
-) -> DeployCNNError:
+def build_error(log: Log, what: str, flavour: Flavour, settings: BuildSettings) -> DeployCNNError:
     """Why a build gave no engine."""
     errors = [text for text in log.errors() if "checkMacros" not in text]
     said = "\n".join(errors) or "it does not say why"
@@ -95,12 +93,6 @@ def build_error(
         return PassRequirementError(
             f"build_engine: {what}: out of workspace{at} ({given} allowed); raise build_engine.workspace_mib, "
             f"or lower the largest batch (now {settings.batch[2]})"
-        )
-    if flavour.is_rtx and not has_gpu and (settings.weight_stripped or settings.refittable):
-        option = "weight_stripped" if settings.weight_stripped else "refittable"
-        return RuntimeUnavailable(
-            f"build_engine: {name} needs a GPU to build with {option}: true ({first}); "
-            f"leave {option} out or build on a GPU host"
         )
     if _NO_GPU.search(said):
         return RuntimeUnavailable(

@@ -53,7 +53,12 @@ def read_record(path: Path, *, trust: bool = False) -> EngineRecord | None:
         ArtifactError: see :func:`check_engine`.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path}: no such file; name an engine file or an artifact folder")
+        raise ArtifactError(
+            f"{path}: no such file; name an engine file, or the folder of an artifact or of a bundle "
+            "(RUN/deploy/VARIANT)"
+        )
+    if path.suffix == ".onnx":
+        raise ArtifactError(f"{path}: an ONNX graph, not an engine; name what was built from it")
     found = _manifest(path)
     if found is None:
         if trust:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass, TensorSpec
 from deploycnn.errors import PassRequirementError
@@ -44,7 +44,9 @@ class BuildEngine(Pass):
         int, Interval(ge=1, le=_LARGEST), "Largest batch; it decides how much memory the engine takes."
     ] = 64
     workspace_mib: Annotated[
-        int | None, Ge(1), "Scratch memory that one layer may take, in MiB; by default all of the device."
+        int | None,
+        Interval(ge=1, le=2**30),
+        "Scratch memory that one layer may take, in MiB; by default all of the device.",
     ] = None
     optimization_level: Annotated[
         int, Interval(ge=0, le=5), "0 builds quickest, 5 looks hardest for fast kernels."

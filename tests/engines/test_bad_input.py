@@ -139,7 +139,7 @@ def test_a_driver_that_is_too_old_is_named(rtx: flavour.Flavour) -> None:
     )
     for error in (
         failures.loading_error(log, "x.engine", rtx),
-        failures.build_error(log, "x.onnx", rtx, building_settings(), has_gpu=True),
+        failures.build_error(log, "x.onnx", rtx, building_settings()),
     ):
         assert isinstance(error, RuntimeUnavailable)
         assert "driver" in str(error)
@@ -159,7 +159,7 @@ def test_out_of_device_memory_names_the_layer_and_the_settings(rtx: flavour.Flav
         1, "[virtualMemoryBuffer.cpp::resize::154] Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
     )
     for error in (
-        failures.build_error(log, "x.onnx", rtx, building_settings(), has_gpu=True),
+        failures.build_error(log, "x.onnx", rtx, building_settings()),
         failures.loading_error(log, "x.engine", rtx),
     ):
         for words in ("out of device memory", '"layer4.2.conv3"', "max_batch", "workspace_mib"):

@@ -110,6 +110,12 @@ def test_a_missing_engine(tmp_path: Path) -> None:
         vouch.check_engine(tmp_path / "x.engine", TRT, gpu=H100)
 
 
+def test_a_graph_is_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    with pytest.raises(ArtifactError, match=r"model\.onnx: an ONNX graph, not an engine"):
+        vouch.check_engine(tmp_path / "model.onnx", TRT, gpu=H100)
+
+
 @pytest.mark.parametrize(
     ("record", "flavour", "gpu", "why"),
     [

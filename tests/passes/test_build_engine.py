@@ -123,6 +123,8 @@ def test_a_batch_that_no_axis_holds_is_refused_with_the_key() -> None:
     from deploycnn import schema
     from deploycnn.errors import RecipeError
 
+    with pytest.raises(RecipeError, match=r"step\.workspace_mib: should be less than or equal to 1073741824"):
+        schema.build(BuildEngine, {"workspace_mib": 2**44}, "step")
     with pytest.raises(RecipeError, match=r"step\.max_batch: should be less than or equal to 2147483647"):
         schema.build(BuildEngine, {"max_batch": 2**31}, "step")
     assert schema.build(BuildEngine, {"max_batch": 2**31 - 1}, "step").max_batch == 2**31 - 1
