@@ -35,7 +35,7 @@ from typing import Any
 
 from deploycnn import __version__, files, schema
 from deploycnn.core import MAIN_FILE, Artifact, Draft, Facts, TensorSpec
-from deploycnn.errors import ArtifactError
+from deploycnn.errors import ArtifactError, StorageError
 from deploycnn.plan import Plan, Step
 
 #: Layout of the run directory and of manifest.json.
@@ -62,7 +62,13 @@ class Store:
         """
         check_schema(root)
         with files.storage_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+                # Below a file, or where no folders can be.
+                raise StorageError(
+                    f"{root}: cannot be made ({error.strerror}); choose another place with --out"
+                ) from error
             lock = (root / ".lock").open("w")
         try:
             try:

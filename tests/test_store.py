@@ -145,3 +145,13 @@ def test_a_measurement_that_cannot_be_read_does_not_count(tmp_path: Path) -> Non
         (store.measurements / "m.json").write_text('{"a":')
         assert store.measurement("m") is None
         assert store.measurement("other") is None
+
+
+def test_a_place_where_no_folder_can_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(StorageError, match=r"file/run: cannot be made \(Not a directory\); .* --out"),
+        Store.open(tmp_path / "file" / "run"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "x"
