@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from deploycnn.errors import PassRequirementError, nearest
+from deploycnn.pruning.control_flow import check_control_flow
 from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected, Unit
 from deploycnn.pruning.layers import is_producer, width
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
-from deploycnn.pruning.tracing import check_control_flow, forward, propose, unreached
+from deploycnn.pruning.tracing import forward, propose, unreached
 
 #: Images for trials are not made smaller than this: networks reduce them up to 32 times.
 _LEAST_SIDE = 48

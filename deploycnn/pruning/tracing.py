@@ -8,18 +8,13 @@ the model before it is believed (see ``structure.py``).
 from __future__ import annotations
 
 import math
-import os
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_pruning import ops
 from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 
@@ -155,45 +150,6 @@ def forward(model: nn.Module, images: Tensor, *, training_heads: bool = False) -
         return tuple(_tensors(model(images)))
     finally:
         model.eval()
-
-
-class _NoPeeking(TorchDispatchMode):
-    """Refuses to turn tensors into Python values, which is what control flow that depends on data does."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__()
-        self.where = where
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PEEKS:
-            frames = [frame for frame in traceback.extract_stack() if not _is_torch(frame.filename)]
-            where = next((f for f in reversed(frames) if f.filename != __file__), None)
-            seen = (
-                f' ({Path(where.filename).name}:{where.lineno}: "{where.line}")' if where is not None else ""
-            )
-            raise PassRequirementError(
-                f"{self.where}: which way the model takes depends on the values in the images{seen}, so no single run "
-                "shows which channels depend on one another; write it without this choice (torch.where)"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-_PEEKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)  # noqa: SLF001 - its only name
-
-
-def _is_torch(filename: str) -> bool:
-    return f"{os.sep}torch{os.sep}" in filename
-
-
-def check_control_flow(model: nn.Module, images: Tensor, where: str) -> None:
-    """Refuse a model whose path depends on what it sees.
-
-    Raises:
-        PassRequirementError: it does; names the line, and ``where`` the pass or option that asks.
-    """
-    weight = next(model.parameters(), images)
-    with torch.no_grad(), _NoPeeking(where):
-        forward(model, images.to(weight.dtype))
 
 
 def _tensors(outputs: object) -> Iterator[Tensor]:
