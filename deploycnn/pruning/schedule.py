@@ -57,44 +57,50 @@ def prune_in_steps(
     shape = tuple(images.shape[1:])
     first_widths, first_macs = widths(model), count_macs(model, shape)
     record, done = _continued(scratch, steps)
+    entries = list(record.pop("steps", ()))
     if done:
         model = load_model(scratch / f"step-{done}")
-    entries = list(record.get("steps", ()))
     for step in range(done + 1, steps + 1):
         reached = {
-            "macs_ratio": record.get("macs_ratio", 1.0),
-            "pruning_ratio": record.get("pruning_ratio", 0.0),
+            name: record.get(name, none) for name, none in (("macs_ratio", 1.0), ("pruning_ratio", 0.0))
         }
         part = _part(goal, reached, step, steps)
-        try:
-            cut = prune(model, images, criterion, part, seed=seed) if part is not None else None
-        except NothingToRemoveError:
-            if step == steps and not record:
-                raise
-            cut = None
+        cut = _cut(model, images, criterion, part, seed=seed, needed=step == steps and not record)
         if cut is None:
-            # Widths come in multiples: the cut before took this one's share along, or the next one will.
             entries.append(reached)
-            record = {**record, "steps": entries} if record else record
             continue
-        entry = {
+        reached = {
             "macs_ratio": cut["macs_after"] / first_macs,
             "pruning_ratio": 1 - (1 - reached["pruning_ratio"]) * (1 - cut["pruning_ratio"]),
         }
-        if step < steps:
-            entry["training"] = tune(model, step)
-        entries.append(entry)
+        entries.append(reached if step == steps else {**reached, "training": tune(model, step)})
         since_first = {
             "macs_before": first_macs,
             "params_before": record.get("params_before", cut["params_before"]),
-            "macs_ratio": entry["macs_ratio"],
-            "pruning_ratio": entry["pruning_ratio"],
             "widths": changed_widths(first_widths, model),
         }
-        record = {**cut, **since_first, "steps": entries}
+        record = {**cut, **since_first, **reached}
         if step < steps:
-            _keep(model, record, scratch / f"step-{step}")
-    return model, record
+            _keep(model, {**record, "steps": entries}, scratch / f"step-{step}")
+    return model, {**record, "steps": entries}
+
+
+def _cut(
+    model: nn.Module, images: Tensor, criterion: Criterion, part: Goal | None, *, seed: int, needed: bool
+) -> Json | None:
+    """Prune in place; ``None`` where widths come in multiples, so the cut before or the next one does this one's share.
+
+    Raises:
+        PassRequirementError: see ``prune``; also where nothing is to be removed, if that is ``needed``.
+    """
+    if part is None:
+        return None
+    try:
+        return prune(model, images, criterion, part, seed=seed)
+    except NothingToRemoveError:
+        if needed:
+            raise
+        return None
 
 
 def _part(goal: Goal, reached: Mapping[str, float], step: int, steps: int) -> Goal | None:

@@ -36,7 +36,8 @@ def test_each_cut_takes_the_same_share_of_what_is_left() -> None:
     assert channels(0.8, 2) is None
 
 
-def test_a_cut_that_took_the_next_ones_share_along_is_enough(tmp_path: Path) -> None:
+def in_steps(goal: Goal, steps: int, scratch: Path) -> tuple[nn.Module, Json, list[int]]:
+    """A ResNet-20 pruned so, the record, and the numbers of the steps behind which it was tuned."""
     torch.manual_seed(0)
     model = CifarResNet(20).eval()
     set_architecture(model, architecture("zoo", {"name": "resnet20", "in_channels": 3}, 10))
@@ -46,11 +47,15 @@ def test_a_cut_that_took_the_next_ones_share_along_is_enough(tmp_path: Path) -> 
         tuned.append(step)
         return {}
 
-    # In multiples of 8 the first cut halves all widths, which meets the second one's goal as well.
-    goal = Goal(macs_ratio=0.3)
     pruned, record = prune_in_steps(
-        model, nets.images(32), MAGNITUDE, goal, steps=3, tune=tune, scratch=tmp_path
+        model, nets.images(32), MAGNITUDE, goal, steps=steps, tune=tune, scratch=scratch
     )
+    return pruned, record, tuned
+
+
+def test_a_cut_that_took_the_next_ones_share_along_is_enough(tmp_path: Path) -> None:
+    # In multiples of 8 the first cut halves all widths, which meets the second one's goal as well.
+    pruned, record, tuned = in_steps(Goal(macs_ratio=0.3), 3, tmp_path)
     ratios = [entry["macs_ratio"] for entry in record["steps"]]
     assert ratios[0] == ratios[1] > ratios[2]
     assert ratios[2] == record["macs_ratio"] <= 0.3
@@ -60,19 +65,7 @@ def test_a_cut_that_took_the_next_ones_share_along_is_enough(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("ratio", "steps"), [(0.5, 6), (0.3, 4)])
 def test_cuts_too_small_for_a_multiple_are_left_to_the_next(tmp_path: Path, ratio: float, steps: int) -> None:
-    torch.manual_seed(0)
-    model = CifarResNet(20).eval()
-    set_architecture(model, architecture("zoo", {"name": "resnet20", "in_channels": 3}, 10))
-    tuned: list[int] = []
-
-    def tune(_: nn.Module, step: int) -> Json:
-        tuned.append(step)
-        return {}
-
-    goal = Goal(pruning_ratio=ratio)
-    pruned, record = prune_in_steps(
-        model, nets.images(32), MAGNITUDE, goal, steps=steps, tune=tune, scratch=tmp_path
-    )
+    pruned, record, tuned = in_steps(Goal(pruning_ratio=ratio), steps, tmp_path)
     gone = [entry["pruning_ratio"] for entry in record["steps"]]
     assert len(gone) == steps
     assert gone == sorted(gone)
