@@ -69,17 +69,18 @@ def bring(path: Path, name: str, *, trust: bool) -> evidence.Entry:
     if content:
         try:
             inputs, outputs = _specs(content["inputs"]), _specs(content["outputs"])
+            classes = tuple(content.get("classes", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
-                f"{described}: does not tell inputs and outputs as bundles do ({error!r}); export it again"
+                f"{described}: does not tell inputs, outputs and classes as bundles do ({error!r}); export it again"
             ) from error
     else:
-        inputs, outputs = _ask_engine(engine)
+        (inputs, outputs), classes = _ask_engine(engine), ()
     key = sha256_of(engine)
     facts = Facts(
         size_bytes=engine.stat().st_size,
         preprocessing=content.get("preprocessing"),
-        classes=tuple(content.get("classes", ())),
+        classes=classes,
         precision="engine",
         record={"engine": record.to_json()} if record else {},
     )

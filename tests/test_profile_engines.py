@@ -62,7 +62,7 @@ def test_a_bundle_that_tells_no_inputs_is_refused(inputs: object, tmp_path: Path
     engine(tmp_path, AHEAD, bundle=True)
     described = json.loads((tmp_path / "deploy.json").read_text()) | {"inputs": inputs, "outputs": []}
     (tmp_path / "deploy.json").write_text(json.dumps(described))
-    with pytest.raises(ArtifactError, match=r"deploy\.json: does not tell inputs and outputs"):
+    with pytest.raises(ArtifactError, match=r"deploy\.json: does not tell inputs, outputs and classes"):
         profile_engines.bring(tmp_path, "mine", trust=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from deploycnn.core import MAIN_FILE, Json
 from deploycnn.engines import audit, device, flavour, layers, vouch
 from deploycnn.engines.settings import EngineRecord
 from deploycnn.errors import ArtifactError
+from deploycnn.files import sha256_of
 
 LAYERS = "layers.json"
 
@@ -83,7 +83,7 @@ def audit_engine(
         from deploycnn.graph.model import load_onnx
 
         model = load_onnx(onnx)
-        if record is not None and hashlib.sha256(onnx.read_bytes()).hexdigest() != record.onnx_sha256:
+        if record is not None and sha256_of(onnx) != record.onnx_sha256:
             raise ArtifactError(
                 f"{onnx}: is not the graph that {engine.name} was built from; leave --onnx out"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from deploycnn.engines.log import Log, listening
 from deploycnn.engines.progress import Phases, make_monitor
 from deploycnn.engines.settings import BuildSettings, EngineRecord
 from deploycnn.errors import ArtifactError, PassRequirementError, RuntimeUnavailable
+from deploycnn.files import sha256_of
 from deploycnn.graph.model import load_onnx, runtime_inputs, shape_of
 
 #: How often the waiting thread looks whether it was interrupted.
@@ -69,14 +69,7 @@ def build(
         KeyboardInterrupt: the user interrupted.
     """
     model = load_onnx(path)
-    check(model, path.name, flavour, settings)
-    if flavour.is_rtx and gpu is None and (settings.weight_stripped or settings.refittable):
-        # Its builder would fail after a while, with a message of its own on stderr.
-        option = "weight_stripped" if settings.weight_stripped else "refittable"
-        raise RuntimeUnavailable(
-            f"build_engine: {flavour.name} {flavour.version} needs a GPU to build with {option}: true; "
-            f"leave {option} out or build on a GPU host"
-        )
+    check(model, path.name, flavour, settings, has_gpu=gpu is not None)
     kept = log if log is not None else Log()
     with listening(kept):
         plan, cache = _Build(path, model, flavour, settings, gpu, kept, progress).run(timing_cache)
@@ -91,17 +84,25 @@ def build(
         version_compatible=settings.version_compatible,
         weight_stripped=settings.weight_stripped,
         batch=batch_of(model, settings),
-        onnx_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        onnx_sha256=sha256_of(path),
     )
     return Built(plan=plan, record=record, log=kept, timing_cache=cache)
 
 
-def check(model: ModelProto, what: str, flavour: Flavour, settings: BuildSettings) -> None:
+def check(model: ModelProto, what: str, flavour: Flavour, settings: BuildSettings, *, has_gpu: bool) -> None:
     """Refuse what cannot give an engine, before the builder is started.
 
     Raises:
         PassRequirementError: names the node or setting.
+        RuntimeUnavailable: this flavour needs a GPU for a setting.
     """
+    if flavour.is_rtx and not has_gpu and (settings.weight_stripped or settings.refittable):
+        # Its builder would fail after a while, with a message of its own on stderr.
+        option = "weight_stripped" if settings.weight_stripped else "refittable"
+        raise RuntimeUnavailable(
+            f"build_engine: {flavour.name} {flavour.version} needs a GPU to build with {option}: true; "
+            f"leave {option} out or build on a GPU host"
+        )
     smallest, best, largest = settings.batch
     if not 1 <= smallest <= best <= largest:
         raise PassRequirementError(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from deploycnn.core import Json
-from deploycnn.engines.names import MODULES, Name
+from deploycnn.engines.names import Name
 from deploycnn.errors import ArtifactError
+
+#: Number of images.
+Batch = Annotated[int, Ge(1)]
 
 Hardware = Literal["none", "ampere_plus", "same_compute_capability"]
 Verbosity = Literal["none", "layer_names_only", "detailed"]
@@ -70,7 +76,7 @@ class EngineRecord:
     hardware_compatibility: Hardware
     version_compatible: bool
     weight_stripped: bool
-    batch: tuple[int, int, int]
+    batch: tuple[Batch, Batch, Batch]
     onnx_sha256: str
 
     def to_json(self) -> Json:
@@ -85,38 +91,15 @@ class EngineRecord:
         Raises:
             ArtifactError: a key is missing, unknown or ill-typed.
         """
+        from pydantic import TypeAdapter, ValidationError
+
         known = {item.name for item in fields(cls)}
         if not isinstance(value, Mapping) or set(value) != known:
             raise ArtifactError(f"{where}: says nothing usable of the engine; build it anew")
-        plain = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
-        for name, item in plain.items():
-            if not _FITS[name](item):
-                raise ArtifactError(
-                    f"{where}: says nothing usable of the engine ({name} is {value[name]!r}); build it anew"
-                )
-        return cls(**cast("Any", plain))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_switch(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-#: What each field of an :class:`EngineRecord` may hold.
-_FITS: Mapping[str, Callable[[Any], bool]] = {
-    "flavour": lambda value: _is_text(value) and value in MODULES,
-    "version": _is_text,
-    "gpu": _is_text,
-    "capability": _is_text,
-    "compute_capabilities": lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
-    "hardware_compatibility": lambda value: value in get_args(Hardware),
-    "version_compatible": _is_switch,
-    "weight_stripped": _is_switch,
-    "batch": lambda value: (
-        isinstance(value, tuple) and len(value) == 3 and all(type(item) is int and item > 0 for item in value)
-    ),
-    "onnx_sha256": _is_text,
-}
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+            raise ArtifactError(
+                f"{where}: says nothing usable of the engine ({name} is {value[name]!r}); build it anew"
+            ) from error

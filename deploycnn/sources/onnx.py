@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from deploycnn.core import MAIN_FILE, Context, Draft, Facts, Format, Json, Source, TensorSpec
 from deploycnn.errors import SourceError
+from deploycnn.files import sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,7 @@ class Onnx(Source):
         from deploycnn.models.onnx_import import external_files
 
         files = external_files(self.path)
-        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return [sha256_of(file) for file in files]
 
     def run(self, ctx: Context) -> Draft:
         """Check the file, copy it and describe it."""
