@@ -155,12 +155,14 @@ class Speed:
         ratio: Latency of the first model / latency of this one; above 1 is faster.
         low: Lower end of the ratio's interval.
         high: Its upper end. Both are 1 for the first model itself.
+        earlier: When it was raced, where that was in an earlier run (ISO 8601); empty where it was just now.
     """
 
     median_ms: float
     ratio: float
     low: float
     high: float
+    earlier: str = ""
 
 
 class Stopwatch(Protocol):

@@ -141,7 +141,7 @@ def _make(
                 target=recipe.target.name,
                 data=data,
                 references={name: artifacts[key] for name, key in step.references.items()},
-                stopwatch=stopwatch(recipe, data) if _may_time(step) else None,
+                stopwatch=stopwatch(recipe, data, log) if _may_time(step) else None,
                 lineage=tuple(artifacts[key] for key in _ancestors(plan, step)),
                 progress=events.progress,
                 log=log,
@@ -178,7 +178,7 @@ class _Log(logging.FileHandler):
         raise  # noqa: PLE0704 - logging calls this while it handles the error
 
 
-def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
+def stopwatch(recipe: Recipe, data: Data | None, log: logging.Logger) -> Stopwatch | None:
     """What times models on the recipe's target at the settings of its profile; ``None`` where it cannot run here."""
     from deploycnn.profiling.remembering import RememberingStopwatch
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
@@ -197,7 +197,8 @@ def stopwatch(recipe: Recipe, data: Data | None) -> Stopwatch | None:
             ),
             image_shape=data.preprocessing.input_shape if data is not None else None,
             seed=recipe.seed,
-        )
+        ),
+        log=log,
     )
 
 

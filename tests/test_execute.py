@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -140,5 +141,5 @@ def test_passes_get_a_stopwatch_only_where_onnx_files_can_be_timed(monkeypatch: 
     found = []
     for runtime in (Runtime(("onnx",), True), Runtime(("onnx",), False), Runtime(("engine",), True)):
         monkeypatch.setattr("deploycnn.execute.create", lambda _, it=runtime: it)
-        found.append(stopwatch(recipe, None) is not None)
+        found.append(stopwatch(recipe, None, logging.getLogger("test")) is not None)
     assert found == [True, False, False]

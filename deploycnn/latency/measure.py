@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -40,6 +40,22 @@ _LEAST_SHARE = 0.1
 _VERSION = 1
 #: Operator set of the graphs that are timed: that of the pass `export`.
 _OPSET = 18
+
+
+class Kept(NamedTuple):
+    """What a race tells of a pruned model.
+
+    Attributes:
+        measured_ratio: Its latency / that of the dense one.
+        dense_ms: Of the dense one.
+        measured_ms: Its own.
+        earlier: As in ``core.Speed``.
+    """
+
+    measured_ratio: float
+    dense_ms: float
+    measured_ms: float
+    earlier: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -122,12 +138,8 @@ class Bench:
             )
         return times
 
-    def ratio(self, pruned: nn.Module) -> tuple[float, float, float]:
-        """Race a pruned model with the dense one.
-
-        Returns:
-            Latency of the pruned model / of the dense one, and both in milliseconds, dense first.
-        """
+    def ratio(self, pruned: nn.Module) -> Kept:
+        """Race a pruned model with the dense one."""
         with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
             paths = {"dense": Path(folder) / "dense.onnx", "pruned": Path(folder) / "pruned.onnx"}
             save_onnx(self.dense(), paths["dense"])
@@ -136,7 +148,13 @@ class Bench:
                 paths, batch_size=self.batch_size, threads=self.threads, budget_s=5 * self.budget_s
             )
         kept = 1 / speeds["pruned"].ratio
-        return kept, speeds["dense"].median_ms, kept * speeds["dense"].median_ms
+        dense_ms = speeds["dense"].median_ms
+        return Kept(
+            measured_ratio=kept,
+            dense_ms=dense_ms,
+            measured_ms=kept * dense_ms,
+            earlier=speeds["pruned"].earlier,
+        )
 
     def step(self) -> int:
         """Widths may be rounded up to multiples of this at no cost; cached for the machine."""

@@ -22,7 +22,7 @@ from deploycnn.pruning.solver import Problem, Solution, cheapest, solve
 from deploycnn.pruning.surgery import Removals, removals, remove
 
 if TYPE_CHECKING:
-    from deploycnn.latency.measure import Bench
+    from deploycnn.latency.measure import Bench, Kept
 
 #: The goal counts as met when the measured share differs by no more than this share of it.
 WITHIN = 0.02
@@ -38,18 +38,17 @@ class _Try:
         steps: Of each ladder.
         solution: Of the solver.
         predicted: Share of the dense latency.
-        measured: The same measured, and the milliseconds of the dense and the pruned model; ``None`` where only a table
-            knows the target.
+        measured: By a race; ``None`` where only a table knows the target.
     """
 
     steps: list[int]
     solution: Solution
     predicted: float
-    measured: tuple[float, float, float] | None = None
+    measured: Kept | None = None
 
     def off(self, asked: float) -> float:
         """By how much what was measured differs from what was asked for, as a share of that; 0 where not measured."""
-        return abs(self.measured[0] / asked - 1) if self.measured is not None else 0.0
+        return abs(self.measured.measured_ratio / asked - 1) if self.measured is not None else 0.0
 
     def to_json(self) -> Json:
         """As plain values."""
@@ -60,7 +59,7 @@ class _Try:
             "bound": self.solution.bound,
         }
         if self.measured is not None:
-            found |= zip(("measured_ratio", "dense_ms", "measured_ms"), self.measured, strict=True)
+            found |= self.measured._asdict()
         return found
 
 
@@ -118,11 +117,10 @@ class LatencyGoal:
             self.tell(attempt, ROUNDS, "measuring the pruned model on the target")
             pruned = copy.deepcopy(model)
             remove(pruned, removals(chosen(groups, found, steps)))
-            tries[-1].measured = self.bench.ratio(pruned)
-            measured, _, _ = tries[-1].measured
-            if abs(measured / self.ratio - 1) <= WITHIN:
+            measured = tries[-1].measured = self.bench.ratio(pruned)
+            if tries[-1].off(self.ratio) <= WITHIN:
                 break
-            scale = measured / predicted
+            scale = measured.measured_ratio / predicted
         best = min(tries, key=lambda item: item.off(self.ratio))
         self.record = {
             "asked_ratio": self.ratio,
@@ -151,7 +149,9 @@ class LatencyGoal:
                 f"{best.predicted:.3f} of the dense latency predicted {where} ({self.ratio:g} asked for); not "
                 "measured: the table is of another machine"
             )
-        told = f"{best.measured[0]:.3f} of the dense latency measured {where} ({self.ratio:g} asked for)"
+        told = f"{best.measured.measured_ratio:.3f} of the dense latency measured {where} ({self.ratio:g} asked for)"
+        if best.measured.earlier:
+            told += f"; raced on {best.measured.earlier}, and kept on this machine"
         if best.off(self.ratio) <= WITHIN:
             return told
         return f"{told}: off by more than {WITHIN:.0%}, the nearest of {rounds} choices of widths"

@@ -162,7 +162,7 @@ def do_no_harm(
     return Unharmed(
         ship_float=chosen == FLOAT,
         keep_float=kept,
-        words=_words(chosen, best, kept, races, stopwatch.runtime),
+        words=_words(chosen, best, kept, races, stopwatch.runtime) + _earlier(races),
         runtime=stopwatch.runtime,
         blocks=tuple(blocks),
         races=tuple(races),
@@ -270,6 +270,12 @@ def _harmless(races: Sequence[Race], name: str) -> bool:
     return all(speed.ratio >= 1.0 or speed.high >= 1.0 for speed in speeds) and any(
         speed.low > 1.0 for speed in speeds
     )
+
+
+def _earlier(races: Sequence[Race]) -> str:
+    """When that was found out, where it was not just now."""
+    times = sorted({speed.earlier for race in races for speed in race.speeds.values() if speed.earlier})
+    return f"; raced on {times[0]}, and kept on this machine" if times else ""
 
 
 def _words(chosen: str, best: str, kept: Collection[str], races: Sequence[Race], runtime: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from deploycnn import environment
 from deploycnn.core import Speed
 from deploycnn.profiling.remembering import RememberingStopwatch
+
+LOG = logging.getLogger("tests.remembering")
 
 
 @dataclass
@@ -49,21 +52,35 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     return found
 
 
+def test_what_was_kept_says_so(paths: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOG.name)
+    watch = RememberingStopwatch(stopwatch=Counting(), log=LOG)
+    for kept in (False, True):
+        caplog.clear()
+        speeds = watch.race(paths, batch_size=1, threads=1, budget_s=0.5)
+        watch.layer_ms(paths["int8"], batch_size=1, threads=1)
+        assert [bool(speed.earlier) for speed in speeds.values()] == [kept, kept]
+        told = [record.message.partition(": timed on ")[0] for record in caplog.records]
+        assert told == ["onnxruntime:cpu: race of float, int8", "onnxruntime:cpu: layers of int8"] * kept
+
+
 def test_the_same_models_are_raced_once_whatever_they_are_called(paths: dict[str, Path]) -> None:
     counting = Counting()
-    watch = RememberingStopwatch(stopwatch=counting)
+    watch = RememberingStopwatch(stopwatch=counting, log=LOG)
     first = watch.race(paths, batch_size=1, threads=1, budget_s=0.5)
     renamed = {f"{name} again": path.rename(path.with_stem(f"{name}2")) for name, path in paths.items()}
-    again = RememberingStopwatch(stopwatch=Counting()).race(renamed, batch_size=1, threads=1, budget_s=0.5)
+    again = RememberingStopwatch(stopwatch=Counting(), log=LOG).race(
+        renamed, batch_size=1, threads=1, budget_s=0.5
+    )
     assert list(again) == ["float again", "int8 again"]
-    assert list(again.values()) == list(first.values())
+    assert [replace(speed, earlier="") for speed in again.values()] == list(first.values())
     assert counting.races == [("float", "int8")]
 
 
 @pytest.mark.parametrize("other", ["order", "bytes", "batch", "threads", "budget", "runtime", "machine"])
 def test_anything_else_is_timed(paths: dict[str, Path], other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting()
-    watch = RememberingStopwatch(stopwatch=counting)
+    watch = RememberingStopwatch(stopwatch=counting, log=LOG)
     asked = {"batch_size": 1, "threads": 1}
     watch.race(paths, **asked, budget_s=0.5)
     budget_s = 0.5
@@ -87,7 +104,7 @@ def test_anything_else_is_timed(paths: dict[str, Path], other: str, monkeypatch:
 
 def test_layers_keep_their_order(paths: dict[str, Path]) -> None:
     counting = Counting()
-    watch = RememberingStopwatch(stopwatch=counting)
+    watch = RememberingStopwatch(stopwatch=counting, log=LOG)
     first = watch.layer_ms(paths["int8"], batch_size=1, threads=1)
     again = watch.layer_ms(paths["int8"], batch_size=1, threads=1)
     assert list(first.items()) == list(again.items()) == [("second", 1.0), ("first", 0.5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -150,6 +151,19 @@ def test_float_is_returned_where_nothing_is_faster(float_path: Path, tmp_path: P
     assert found.ship_float
     assert found.keep_float == frozenset()
     assert "float is returned" in found.words
+
+
+def test_races_of_an_earlier_run_are_told(float_path: Path, tmp_path: Path) -> None:
+    class Kept(Watch):
+        def race(self, models: Mapping[str, Path], **settings: float) -> Mapping[str, Speed]:  # type: ignore[override]
+            speeds = super().race(models, **settings)  # type: ignore[arg-type]
+            return {name: replace(speed, earlier="2026-01-02T03:04:05") for name, speed in speeds.items()}
+
+    faster = dict.fromkeys(FLOAT_MS, 1.0)
+    (tmp_path / "again").mkdir()
+    now = do_no_harm(float_path, chain(), build, Watch(FLOAT_MS, faster), tmp_path)
+    kept = do_no_harm(float_path, chain(), build, Kept(FLOAT_MS, faster), tmp_path / "again")
+    assert kept.words == f"{now.words}; raced on 2026-01-02T03:04:05, and kept on this machine"
 
 
 def test_slower_at_another_batch_size_is_harm(float_path: Path, tmp_path: Path) -> None:
