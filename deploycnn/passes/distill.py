@@ -17,6 +17,7 @@ from deploycnn.training.teaching import TeachingSettings
 if TYPE_CHECKING:
     from torch import nn
 
+    from deploycnn.data.base import Data
     from deploycnn.training.features import Features
     from deploycnn.training.logit_cache import LogitCache
     from deploycnn.training.losses import Loss
@@ -119,14 +120,14 @@ class Distill(TeachingSettings, TrainingSettings, Pass):
             ArtifactError: the teacher's files are missing or damaged.
         """
         from deploycnn.training import artifact
-        from deploycnn.training.device import model_to
 
         data = artifact.needed_data(ctx, "distill")
         teachers: list[nn.Module] = []
         told: list[dict[str, Any]] = []
         for path, facts, name in self._found(source, ctx):
             teacher = artifact.load_checked(path, facts, data, f"distill: the teacher {name}")
-            teachers.append(model_to(teacher.requires_grad_(False), ctx.device))
+            teacher = self._ready(teacher.requires_grad_(False), name, data, ctx)
+            teachers.append(teacher)
             told.append({"name": name, "val_top1": artifact.val_top1(teacher, data, self.batch_size, ctx)})
         hooked: list[Features] = []
 
@@ -139,6 +140,17 @@ class Distill(TeachingSettings, TrainingSettings, Pass):
         finally:
             for features in hooked:
                 features.close()
+
+    def _ready(self, teacher: nn.Module, name: str, data: Data, ctx: Context) -> nn.Module:
+        """A teacher where and as it is computed."""
+        from deploycnn.training import artifact
+        from deploycnn.training.device import model_to
+        from deploycnn.training.teacher import answering
+
+        if ctx.device == "cpu" and self.features is None:
+            views = self.epochs * len(data.dataset.train)
+            teacher = answering(teacher, artifact.sample(data, 8), views=views, name=name, ctx=ctx)
+        return model_to(teacher, ctx.device)
 
     def _loss(
         self,

@@ -90,9 +90,9 @@ def _listing(names: tuple[str, ...]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def sample(data: Data) -> Tensor:
-    """One real image, so that the check needs no assumption about shapes."""
-    batch = next(iter(batches(data.dataset.val, data.preprocessing, 1, limit=1)))
+def sample(data: Data, count: int = 1) -> Tensor:
+    """Real images, so that checks need no assumption about shapes: ``count`` or all of val."""
+    batch = next(iter(batches(data.dataset.val, data.preprocessing, count, limit=count)))
     return torch.from_numpy(batch.images)
 
 
