@@ -13,6 +13,8 @@ and flips, the rate divided by 10 after 60% and 80% of the epochs; batch norms s
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--macs-ratio", type=float, default=0.5)
     parser.add_argument("--importance", default="taylor")
+    parser.add_argument(
+        "--pruned", type=Path, help="instead of pruning: folder of an artifact that was pruned from --weights"
+    )
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 5, 20])
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME:{OPTIONS}",
@@ -99,8 +104,11 @@ def main() -> None:
     }
     bench = Bench(given)
     dense = bench.make("dense", Zoo(name=given.net, weights=given.weights))
-    prune = Prune(macs_ratio=given.macs_ratio, importance=given.importance, scope="global")
-    pruned = bench.make("pruned", prune, dense, lineage=(dense,))
+    if given.pruned is not None:
+        pruned = opened(given.pruned, dense)
+    else:
+        prune = Prune(macs_ratio=given.macs_ratio, importance=given.importance, scope="global")
+        pruned = bench.make("pruned", prune, dense, lineage=(dense,))
     val = bench.data.dataset.val
     bench.tell(
         net=given.net,
@@ -123,6 +131,17 @@ def main() -> None:
         for name in ways if "plain" in test else ():
             gains = [ours - theirs for ours, theirs in zip(test[name], test["plain"], strict=True)]
             bench.tell(way=name, epochs=epochs, test_images=len(bench.test), gain=summary(gains))
+
+
+def opened(folder: Path, dense: Artifact) -> Artifact:
+    """A pruned model of a run directory."""
+    facts = json.loads((folder / "manifest.json").read_text())["facts"]
+    return replace(
+        dense,
+        key="pruned",
+        path=folder / "model.safetensors",
+        facts=replace(dense.facts, macs=facts["macs"], params=facts["params"], record=facts["record"]),
+    )
 
 
 def recover(

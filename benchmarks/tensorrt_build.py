@@ -151,9 +151,14 @@ def main() -> int:
     print(
         f"{sum(len(net) for net in results.values()) - failed} engines, {failed} failed; raw results: {path}"
     )
-    unclean = [net for net, found in results.items() if found.get("int8", {}).get("lint")]
+    unclean = [
+        f"{net} {precision}"
+        for net, found in results.items()
+        for precision, result in found.items()
+        if result.get("lint")
+    ]
     if unclean:
-        print(f"lint finds something in the INT8 graphs of {', '.join(unclean)}")
+        print(f"lint finds something in {', '.join(unclean)}")
     return 1 if failed or unclean else 0
 
 

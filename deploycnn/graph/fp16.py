@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploycnn.core import Json
 from deploycnn.graph import bfloat16
 from deploycnn.graph.cleanup import simplify
-from deploycnn.graph.half_range import HALF_MAX, overflows, vanishes
+from deploycnn.graph.half_nodes import ELEMENTS, Half, element_types, half_inputs, nodes_to_keep
+from deploycnn.graph.half_range import HALF_MAX
 from deploycnn.graph.model import (
     check_onnx,
     infer_shapes,
@@ -27,28 +26,15 @@ from deploycnn.graph.model import (
     is_quantized,
     names_used,
     opset_of,
-    subgraphs,
-    value_types,
 )
 from deploycnn.graph.names import name_nodes, rename_in_node, unique
 from deploycnn.graph.opset import raise_opset
-
-#: Operator -> position of an input whose every element must survive.
-_DIVISORS = {"BatchNormalization": 4, "QuantizeLinear": 1, "DequantizeLinear": 1}
 
 #: From here on QuantizeLinear and DequantizeLinear take FP16.
 _QDQ_OPSET = 19
 
 #: From here on convolutions and poolings take BF16.
 _BF16_OPSET = 22
-
-Half = Literal["fp16", "bf16"]
-
-#: -> (element type, its name in operators' schemas).
-_ELEMENTS: Mapping[Half, tuple[int, str]] = {
-    "fp16": (TensorProto.FLOAT16, "tensor(float16)"),
-    "bf16": (TensorProto.BFLOAT16, "tensor(bfloat16)"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,107 +79,12 @@ def convert_fp16(
         model = raise_opset(model, _BF16_OPSET)
     source = simplify(raise_opset(model, _QDQ_OPSET) if is_quantized(model) else model)
     name_nodes(source)
-    kept = _nodes_to_keep(source, keep_ops, peaks or {}, half)
+    kept = nodes_to_keep(source, keep_ops, peaks or {}, half)
     rewriter = _Rewriter(source, kept, half)
     converted = rewriter.rewrite()
     check_onnx(converted, f"the {half.upper()} graph")
     record = Fp16Record(converted=rewriter.converted, casts=rewriter.casts, kept=kept)
     return converted, record
-
-
-def _nodes_to_keep(
-    model: ModelProto, keep_ops: Collection[str], peaks: Mapping[str, float], half: Half
-) -> dict[str, str]:
-    """Nodes that touch float32 values and must not be converted -> why."""
-    types = _element_types(model)
-    constants = initializers(model.graph)
-    opset = opset_of(model)
-    kept: dict[str, str] = {}
-    for node in model.graph.node:
-        touches = [name for name in (*node.input, *node.output) if types.get(name) == TensorProto.FLOAT]
-        if not touches and not any(True for _ in subgraphs(node)):
-            continue
-        if node.op_type in keep_ops or node.name in keep_ops:
-            kept[node.name] = "as asked"
-            continue
-        why = _schema_reason(node, types, opset, half)
-        if half == "fp16":
-            why = why or _constant_reason(node, constants) or _peak_reason(touches, peaks)
-        if why:
-            kept[node.name] = why
-    _keep_partners(model, kept)
-    return kept
-
-
-def _keep_partners(model: ModelProto, kept: dict[str, str]) -> None:
-    """Integers that are multiplied must have scales of one type, or no kernel takes them."""
-    made = {node.output[0]: node.name for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    for node in model.graph.node:
-        read = [made[name] for name in node.input if name in made]
-        if len(read) > 1 and node.name not in kept and any(name in kept for name in read):
-            kept[node.name] = "integers that it reads have a float32 scale"
-
-
-def _element_types(model: ModelProto) -> dict[str, int]:
-    types = {name: value.type.tensor_type.elem_type for name, value in value_types(model).items()}
-    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
-    return types
-
-
-def half_inputs(node: NodeProto, types: Mapping[str, int], opset: int, half: Half = "fp16") -> list[int]:
-    """Positions of the node's float32 inputs that its schema also accepts as FP16 or BF16."""
-    wanted = _ELEMENTS[half][1]
-    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
-    allowed = {item.type_param_str: item.allowed_type_strs for item in schema.type_constraints}
-    positions = []
-    for position, name in enumerate(node.input):
-        formal = schema.inputs[min(position, len(schema.inputs) - 1)]
-        if types.get(name) == TensorProto.FLOAT and wanted in allowed.get(formal.type_str, ()):
-            positions.append(position)
-    return positions
-
-
-def _schema_reason(node: NodeProto, types: Mapping[str, int], opset: int, half: Half) -> str:
-    if any(True for _ in subgraphs(node)):
-        return "control flow"
-    if any(name and not types.get(name) for name in (*node.input, *node.output)):
-        return "a type in it could not be inferred"
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
-    except onnx.defs.SchemaError:
-        return f'operator of the foreign domain "{node.domain}"'
-    halves = half_inputs(node, types, opset, half)
-    if not halves:
-        return "its specification takes float32 only"
-    bound = {schema.inputs[min(position, len(schema.inputs) - 1)].type_str for position in halves}
-    for position, name in enumerate(node.output):
-        formal = schema.outputs[min(position, len(schema.outputs) - 1)]
-        if types.get(name) == TensorProto.FLOAT and formal.type_str not in bound:
-            return "its specification makes float32"
-    return ""
-
-
-def _constant_reason(node: NodeProto, constants: Mapping[str, TensorProto]) -> str:
-    for position, name in enumerate(node.input):
-        if name not in constants or constants[name].data_type != TensorProto.FLOAT:
-            continue
-        content = numpy_helper.to_array(constants[name])
-        # A bound beyond FP16 clips nothing there, so it may saturate.
-        if node.op_type != "Clip" and overflows(content):
-            return f'constant "{name}" overflows FP16 (largest magnitude {np.abs(content).max():.3g})'
-        # A running variance and the scales of integers are divided by, so each element matters by itself.
-        elementwise = position == _DIVISORS.get(node.op_type)
-        if vanishes(content, elementwise=elementwise):
-            return f'constant "{name}" is too small for FP16 (largest magnitude {np.abs(content).max():.3g})'
-    return ""
-
-
-def _peak_reason(names: list[str], peaks: Mapping[str, float]) -> str:
-    for name in names:
-        # 65520 and above rounds to infinity; anything past the largest finite number is already clipped.
-        if peaks.get(name, 0.0) > HALF_MAX:
-            return f'value "{name}" overflows FP16 (largest magnitude seen {peaks[name]:.3g})'
-    return ""
 
 
 class _Rewriter:
@@ -203,7 +94,7 @@ class _Rewriter:
         self.half = half
         self.model = ModelProto()
         self.model.CopyFrom(source)
-        self.types = _element_types(source)
+        self.types = element_types(source)
         self.opset = opset_of(source)
         self.kept = kept
         self.constants = initializers(source.graph)
@@ -251,7 +142,7 @@ class _Rewriter:
         if name not in self.halves:
             self.halves[name] = self._new_name(name, self.half)
             if name not in self.constants:
-                self._cast(self.floats[name], self.halves[name], _ELEMENTS[self.half][0])
+                self._cast(self.floats[name], self.halves[name], ELEMENTS[self.half][0])
         return self.halves[name]
 
     def _as_float(self, name: str) -> str:

@@ -8,6 +8,9 @@ import numpy.typing as npt
 #: Largest finite FP16 number.
 HALF_MAX = 65504.0
 
+#: Smallest normal FP16 number: a value all of whose elements are smaller has lost its precision.
+HALF_TINY = 2.0**-14
+
 #: Rounding to normal FP16 numbers loses at most 2^-11 of each value. More than twice that, in norm, means
 #: that the tensor lives among the subnormal numbers (below 6.1e-5) or vanishes altogether.
 MAX_RELATIVE_ERROR = 2.0**-10

@@ -35,7 +35,7 @@ class Fp16(Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32", "int8")
     gives_precision: ClassVar[str | None] = "fp16"
 

@@ -7,13 +7,16 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploycnn.graph.cleanup import simplify
-from deploycnn.graph.model import attribute, infer_shapes, initializers
+from deploycnn.graph.model import attribute, infer_shapes, initializers, value_types
 from deploycnn.graph.names import name_nodes
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.insertion import MIN_OPSET
+from deploycnn.quantization.structure import COMPUTE
+
+_FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 
 #: A node's name and the position of one of its inputs.
 Edge = tuple[str, int]
@@ -59,7 +62,8 @@ class Reading:
     """What ``read_qdq`` finds.
 
     Attributes:
-        model: The float graph: no Q/DQ, constants as real numbers, shapes inferred, nodes named as in the file.
+        model: The float graph: no Q/DQ, no casts between float types, real numbers as float32, shapes inferred, nodes
+            named as in the file.
         activations: Q/DQ pairs by the edge that reads through them.
         constants: Integer constants by the edge that reads them.
         outputs: Q/DQ pairs in front of graph outputs, by value of ``model``.
@@ -87,8 +91,24 @@ def read_qdq(model: ModelProto) -> Reading:
     source = simplify(named)
     reading = Reading()
     _Stripper(source, reading).strip()
+    _widen(reading.model)
     reading.model = infer_shapes(simplify(raise_opset(reading.model, MIN_OPSET)))
     return reading
+
+
+def _widen(model: ModelProto) -> None:
+    """Let all real numbers be float32: placement asks what is computed, not how finely, and shapes are inferred."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type in _FLOATS:
+            content = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(content, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type in _FLOATS:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in model.graph.node:
+        for held in node.attribute:
+            if node.op_type == "Cast" and held.name == "to" and held.i in _FLOATS:
+                held.i = TensorProto.FLOAT
 
 
 class _Stripper:
@@ -98,6 +118,7 @@ class _Stripper:
         self._source = source
         self._reading = reading
         self._constants = initializers(source.graph)
+        self._types = value_types(infer_shapes(source))
         #: Value -> what stands for it in the float graph.
         self._alias: dict[str, str] = {}
         self._quantized: dict[str, NodeProto] = {}
@@ -114,6 +135,8 @@ class _Stripper:
                 self._quantizer(node)
             elif node.op_type == "DequantizeLinear":
                 self._dequantizer(node, target)
+            elif node.op_type == "Cast" and self._only_precision(node):
+                self._cast(node)
             else:
                 self._keep(node, target)
         for output in target.graph.output:
@@ -149,6 +172,25 @@ class _Stripper:
             if quantizer is not None:
                 self._pairs[name] = self._rounding(node, quantizer)
             self._alias[name] = node.input[0]
+
+    def _only_precision(self, node: NodeProto) -> bool:
+        """Whether a cast goes from one float type to another, and hides no integers from a layer with weights."""
+        source = self._types.get(node.input[0])
+        return (
+            source is not None
+            and source.type.tensor_type.elem_type in _FLOATS
+            and attribute(node, "to", 0) in _FLOATS
+            and not any(
+                reader.op_type in COMPUTE and node.output[0] in reader.input
+                for reader in self._source.graph.node
+            )
+        )
+
+    def _cast(self, node: NodeProto) -> None:
+        """The value is the same in another precision, so that it is rounded where it was before."""
+        self._alias[node.output[0]] = node.input[0]
+        if node.input[0] in self._pairs:
+            self._pairs[node.output[0]] = self._pairs[node.input[0]]
 
     def _keep(self, node: NodeProto, target: ModelProto) -> None:
         kept = target.graph.node.add()

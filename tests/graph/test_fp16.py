@@ -9,7 +9,8 @@ from onnx import ModelProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from deploycnn.graph.export import export_onnx
-from deploycnn.graph.fp16 import convert_fp16, overflows, vanishes
+from deploycnn.graph.fp16 import convert_fp16
+from deploycnn.graph.half_range import overflows, vanishes
 from deploycnn.graph.parity import evaluator
 from tests.graph.nets import Residual, Weights, graph, images, operators, randomized
 from tests.graph.test_cleanup import random_graphs
@@ -66,8 +67,9 @@ def test_weights_below_fp16_keep_their_node_and_are_named() -> None:
     nodes = [conv("x", "a", "tiny"), helper.make_node("Mul", ["a", "k"], ["y"], name="y")]
     model = graph(nodes, {"tiny": weight(1e-8), "k": np.float32(100)})
     half, record = convert_fp16(model)
-    assert list(record.kept) == ["a"]
+    assert list(record.kept) == ["a", "y"]
     assert '"tiny" is too small' in record.kept["a"]
+    assert record.kept["y"] == 'computed in one kernel with "a", which stays FP32'
     assert close(model, half)
 
 
@@ -111,8 +113,8 @@ def test_operators_are_kept_by_type_or_name_with_casts_between() -> None:
     assert record.kept == {"r": "as asked"}
     assert operators(half) == ["Cast", "Conv", "Cast", "Relu", "Cast", "Conv", "Cast"]
     by_name, record = convert_fp16(model, keep_ops=("a",))
-    assert record.kept == {"a": "as asked"}
-    assert operators(by_name)[:2] == ["Conv", "Cast"]
+    assert record.kept == {"a": "as asked", "r": 'computed in one kernel with "a", which stays FP32'}
+    assert operators(by_name)[:3] == ["Conv", "Relu", "Cast"]
     assert close(model, half)
     assert close(model, by_name)
 
@@ -241,7 +243,7 @@ def test_scales_that_fp16_cannot_hold_stay_float32() -> None:
     model = quantized_conv(1.03e-7, RNG.integers(-127, 128, (3, 3, 3, 3)).astype(np.int8))
     half, record = convert_fp16(model)
     assert record.kept["c"] == "integers that it reads have a float32 scale"
-    assert set(record.kept) == {"w_dq", "c"}
+    assert set(record.kept) == {"w_dq", "c", "relu"}
     made = {name: node for node in half.graph.node for name in node.output}
     scales = {made[name].input[1] for name in made_conv(half).input[:2]}
     types = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
@@ -249,6 +251,45 @@ def test_scales_that_fp16_cannot_hold_stay_float32() -> None:
     assert "too small for FP16" in record.kept["w_dq"]
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in half.graph.initializer}
     assert np.array_equal(stored["ws"], np.full(3, 1.03e-7, np.float32))
+
+
+def test_no_cast_parts_an_integer_convolution_from_its_shortcut_activation_and_rounding() -> None:
+    """What a kernel computes in one piece has one type, even where only the weights' scales want FP32."""
+
+    def pair(name: str) -> list[onnx.NodeProto]:
+        scale = f"{name}s"
+        return [
+            helper.make_node("QuantizeLinear", [name, scale, "z"], [f"{name}q"], name=f"{name}q"),
+            helper.make_node("DequantizeLinear", [f"{name}q", scale, "z"], [f"{name}d"], name=f"{name}d"),
+        ]
+
+    nodes = [
+        *pair("x"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"], name="w_dq", axis=0),
+        conv("xd", "c", "wf"),
+        helper.make_node("Add", ["c", "xd"], ["sum"], name="add"),
+        helper.make_node("Relu", ["sum"], ["r"], name="relu"),
+        *pair("r"),
+        conv("rd", "free", "w2"),
+        helper.make_node("Add", ["free", "rd"], ["y"], name="free_add"),
+    ]
+    weights: Weights = {
+        "xs": np.float32(0.02),
+        "rs": np.float32(0.03),
+        "z": np.int8(0),
+        "w": RNG.integers(-127, 128, (3, 3, 3, 3)).astype(np.int8),
+        "ws": np.full(3, 1.03e-7, np.float32),
+        "wz": np.zeros(3, np.int8),
+        "w2": weight(),
+    }
+    half, record = convert_fp16(graph(nodes, weights))
+    assert set(record.kept) == {"w_dq", "c", "add", "relu", "rq"}
+    made = {name: node for node in half.graph.node for name in node.output}
+    quantizer = next(node for node in half.graph.node if node.name == "rq")
+    chain = [quantizer]
+    while chain[-1].op_type != "DequantizeLinear":
+        chain.append(made[chain[-1].input[0]])
+    assert [node.op_type for node in chain] == ["QuantizeLinear", "Relu", "Add", "Conv", "DequantizeLinear"]
 
 
 def test_what_stays_float32_reads_its_integers_directly() -> None:

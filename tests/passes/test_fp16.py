@@ -58,8 +58,28 @@ def test_activations_that_overflow_on_training_images_stay_fp32(tmp_path, monkey
     exported = minted(Export().run(source, ctx), ctx)
     draft = Fp16().run(exported, context(tmp_path / "fp16", pictures()))
     kept = draft.facts.record["fp16"]["kept_fp32"]
+    assert list(kept) == ["1/Conv", "2/Conv", "3/Relu"]
+    assert all('value "1/Conv_output_0" overflows FP16' in kept[name] for name in ("1/Conv", "2/Conv"))
+    assert kept["3/Relu"] == 'computed in one kernel with "2/Conv", which stays FP32'
+
+
+def test_activations_that_vanish_on_training_images_stay_fp32(tmp_path, monkeypatch) -> None:
+    """Below 6.1e-5 FP16 has no normal numbers; what brings them back would multiply what is left of them."""
+    convolutions = [nn.Conv2d(3, 8, 3, bias=False) for _ in range(1)] + [
+        nn.Conv2d(8, 8, 3, bias=False) for _ in range(2)
+    ]
+    model = randomized(nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+    with torch.no_grad():
+        # Neither kernel is too small itself.
+        convolutions[0].weight *= 1e-3
+        convolutions[1].weight *= 1e-3
+        convolutions[2].weight *= 1e5
+    source = torch_artifact(model, monkeypatch)
+    ctx = context(tmp_path / "export", None)
+    exported = minted(Export().run(source, ctx), ctx)
+    kept = Fp16().run(exported, context(tmp_path / "fp16", pictures())).facts.record["fp16"]["kept_fp32"]
     assert list(kept) == ["1/Conv", "2/Conv"]
-    assert all('value "1/Conv_output_0" overflows FP16' in why for why in kept.values())
+    assert all('value "1/Conv_output_0" vanishes in FP16' in why for why in kept.values())
 
 
 def test_kept_operators_are_recorded(exported: Artifact, tmp_path) -> None:

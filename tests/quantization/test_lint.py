@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import deploycnn
 from deploycnn.cli import main
@@ -41,6 +41,40 @@ def rules(model: ModelProto, pack: RulePack) -> dict[str, list[str]]:
 def test_our_own_placement_is_clean(make: Callable[[], ModelProto], target: str) -> None:
     pack = packs.get(target)
     assert rules(quantized(make(), pack), pack) == {}
+
+
+def cast_between(model: ModelProto, value: str, reader: str) -> None:
+    """Let one reader see a value through FP16, as where parts of a graph stay FP32."""
+    model.graph.node.extend(
+        [
+            helper.make_node(
+                "Cast", [value], [f"{value}_half"], name=f"{value}_to_half", to=TensorProto.FLOAT16
+            ),
+            helper.make_node(
+                "Cast", [f"{value}_half"], [f"{value}_full"], name=f"{value}_to_full", to=TensorProto.FLOAT
+            ),
+        ]
+    )
+    node = named(model, reader)
+    node.input[list(node.input).index(value)] = f"{value}_full"
+    sort_nodes(model)
+
+
+def test_casts_between_float_types_round_nothing_and_move_no_rounding() -> None:
+    good, faulty = quantized(residual(), TENSORRT), quantized(residual(), TENSORRT)
+    round_edge(faulty, "b", "sum", like="r")
+    for model, expected in ((good, {}), (faulty, {"QDQ107": ["sum"]})):
+        assert rules(model, TENSORRT) == expected
+        for value in list(named(model, "sum").input):
+            cast_between(model, value, "sum")
+        assert rules(model, TENSORRT) == expected
+
+
+def test_a_cast_that_hides_integers_from_a_layer_is_found() -> None:
+    model = quantized(residual(), TENSORRT)
+    layer = next(node for node in model.graph.node if node.op_type == "Conv")
+    cast_between(model, layer.input[0], layer.name)
+    assert "QDQ101" in rules(model, TENSORRT)
 
 
 def named(model: ModelProto, name: str) -> NodeProto:
