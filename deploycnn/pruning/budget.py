@@ -10,9 +10,9 @@ import numpy.typing as npt
 from torch import nn
 
 from deploycnn.pruning.allocation import Ladder
+from deploycnn.pruning.elimination import Factor, Problem
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.layers import MIXING, is_depthwise, width
-from deploycnn.pruning.solver import Factor, Problem
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

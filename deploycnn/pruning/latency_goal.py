@@ -16,9 +16,10 @@ from deploycnn.latency.layers import Layer
 from deploycnn.latency.model import LatencyTable
 from deploycnn.pruning.allocation import Ladder, chosen, losses_of, pinned
 from deploycnn.pruning.budget import problem, widths_by_ladder
+from deploycnn.pruning.elimination import Problem
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.layers import width
-from deploycnn.pruning.solver import Problem, Solution, cheapest, solve
+from deploycnn.pruning.solver import Solution, cheapest, solve
 from deploycnn.pruning.surgery import Removals, removals, remove
 
 if TYPE_CHECKING:
