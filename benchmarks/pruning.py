@@ -4,7 +4,8 @@
     python benchmarks/pruning.py solver      --net resnet56                       gap and seconds
     python benchmarks/pruning.py speed       --work runs/r56 --weights W --data D ResNet-56 to half its latency
 
-``model-error`` measures a table, then races other random configurations as whole models and compares. ``speed`` runs a
+``model-error`` measures a table, then races other random configurations as whole models, twice, and compares: a
+prediction cannot be nearer than two races are to each other. ``speed`` runs a
 recipe (prune, export, int8) and races what it made with the dense FP32 graph, interleaved, at batch 1 and 64 and 1 and
 2 threads, in onnxruntime and OpenVINO. Run it on an idle machine.
 """
@@ -81,13 +82,23 @@ def model_error(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for name, path in paths.items():
             save_onnx(bench.at(cuts.get(name, {})), path)
-        measured = bench.race(paths)
+        races = [bench.race(paths) for _ in range(2)]
     # Shares of the dense latency are what a goal is about; the table's milliseconds are of another minute.
     dense_ms = predicted_ms({})
-    errors = [
-        abs(predicted_ms(cut) / dense_ms / (measured[name] / measured["dense"]) - 1)
+    rows = [
+        {
+            "predicted": predicted_ms(cut) / dense_ms,
+            "measured": [race[name] / race["dense"] for race in races],
+            "widths": {"/".join(place): len(removed) for place, removed in cut.items()},
+        }
         for name, cut in cuts.items()
     ]
+    if arguments.rows is not None:
+        arguments.rows.write_text(json.dumps(rows))
+    # In logarithms, where above and below count alike.
+    signed = [np.log(row["predicted"]) - np.log(row["measured"]).mean() for row in rows]
+    errors = [abs(np.expm1(error)) for error in signed]
+    apart = [abs(row["measured"][0] / row["measured"][1] - 1) for row in rows]
     return {
         "net": arguments.net,
         "precision": arguments.precision,
@@ -95,6 +106,8 @@ def model_error(arguments: argparse.Namespace) -> dict[str, Any]:
         "configs": len(errors),
         "median": float(np.median(errors)),
         "p95": float(np.percentile(errors, 95)),
+        "bias": float(np.expm1(np.median(signed))),
+        "two_races": {"median": float(np.median(apart)), "p95": float(np.percentile(apart, 95))},
         "stated": table.to_json()["error"],
     }
 
@@ -183,6 +196,9 @@ def main() -> int:
         type=float,
         default=60,
         help="for solver: seconds of the whole integer program; 0: none",
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="for model-error: also write what was predicted and measured"
     )
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the dense latency, for speed")
     parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
