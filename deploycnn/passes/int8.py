@@ -201,16 +201,16 @@ class Int8(Pass):
 
     def _training(self, ctx: Context, engine: Engine, model: ModelProto) -> Mapping[str, Remedy]:
         """Quantization-aware training with the float graph as teacher; the pass ``qat`` has all its options."""
-        from deploycnn.quantization.qat import fine_tune, float_teacher
+        from deploycnn.quantization.qat import fine_tune
         from deploycnn.quantization.qat_settings import QatSettings
         from deploycnn.training.artifact import needed_data
-        from deploycnn.training.device import model_to
         from deploycnn.training.losses import Distillation
+        from deploycnn.training.teacher import graph_teacher
 
         settings = QatSettings(epochs=self.qat_epochs)
 
         def train(best: Candidate) -> Candidate:
-            teacher = model_to(float_teacher(model), ctx.device)
+            teacher = graph_teacher(model, ctx)
             tuned = fine_tune(
                 engine.build(best),
                 best.model,

@@ -67,7 +67,6 @@ class Qat(QatSettings, Pass):
         from deploycnn.quantization.preparation import prepare
         from deploycnn.quantization.qat import fine_tune
         from deploycnn.training.artifact import needed_data, val_top1
-        from deploycnn.training.device import model_to
         from deploycnn.training.losses import Distillation
 
         data = needed_data(ctx, "qat")
@@ -75,7 +74,7 @@ class Qat(QatSettings, Pass):
         original = _float_ancestor(ctx)
         full = load_onnx(original.path)
         teacher, name = self._teacher(ctx)
-        teacher_top1 = val_top1(model_to(teacher, ctx.device), data, self.batch_size, ctx)
+        teacher_top1 = val_top1(teacher, data, self.batch_size, ctx)
         loss = Distillation(
             teacher=teacher,
             method=self.method,
@@ -112,18 +111,19 @@ class Qat(QatSettings, Pass):
         )
 
     def _teacher(self, ctx: Context) -> tuple[nn.Module, str]:
-        """The teacher, frozen, and what it is called."""
+        """The teacher, frozen, where it is computed, and what it is called."""
         from deploycnn.graph.model import load_onnx
-        from deploycnn.quantization.qat import float_teacher
         from deploycnn.training import artifact
+        from deploycnn.training.device import model_to
+        from deploycnn.training.teacher import graph_teacher
 
         if self.teacher is None:
-            return float_teacher(load_onnx(_float_ancestor(ctx).path)), "the float model"
+            return graph_teacher(load_onnx(_float_ancestor(ctx).path), ctx), "the float model"
         found = ctx.references[self.teacher]
         model = artifact.load_checked(
             found.path, found.facts, artifact.needed_data(ctx, "qat"), f"qat: the teacher {self.teacher}"
         )
-        return model.requires_grad_(False), self.teacher
+        return model_to(model.requires_grad_(False), ctx.device), self.teacher
 
 
 def _float_ancestor(ctx: Context) -> Artifact:

@@ -64,15 +64,6 @@ class Tuned:
         }
 
 
-def float_teacher(model: ModelProto) -> nn.Module:
-    """A float graph as a module that only teaches.
-
-    Raises:
-        PassRequirementError: the bridge lacks an operator (named).
-    """
-    return to_torch(model).module.eval().requires_grad_(False)
-
-
 def fine_tune(
     quantized: ModelProto,
     full: ModelProto,

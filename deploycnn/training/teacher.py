@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from deploycnn.core import Context
 from deploycnn.errors import PassRequirementError
+from deploycnn.graph.bridge import to_torch
 from deploycnn.graph.export import export_onnx
+from deploycnn.graph.observe import image_input
 from deploycnn.graph.parity import Evaluate, Tolerance, evaluator, measure_parity
 from deploycnn.models.inspection import inspect_model
 from deploycnn.optional import installed
+from deploycnn.training.device import model_to
 
 #: Multiply-accumulates of all that a teacher is asked from which on exporting it (5 to 20 s) pays.
 _WORTH = 2e12
@@ -87,3 +90,15 @@ def answering(teacher: nn.Module, images_NCHW: Tensor, *, views: int, name: str,
         return teacher
     ctx.log.info("the teacher %s is computed by onnxruntime", name)
     return found
+
+
+def graph_teacher(model: ModelProto, ctx: Context) -> nn.Module:
+    """A float graph that only teaches, where and as it is computed fastest: as a module where that is not onnxruntime.
+
+    Raises:
+        PassRequirementError: a module is needed, and the bridge lacks an operator (named).
+    """
+    _, (batch, *_) = image_input(model)
+    if ctx.device == "cpu" and batch is None and installed("onnxruntime"):
+        return GraphTeacher(model, ctx.threads)
+    return model_to(to_torch(model).module.eval().requires_grad_(False), ctx.device)

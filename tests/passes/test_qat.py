@@ -81,11 +81,17 @@ def test_it_trains_the_deployed_graph_with_the_float_graph_as_teacher(
     json.dumps(record, allow_nan=False)
 
 
-def test_the_float_teacher_is_the_float_graph(chain: tuple[Artifact, Artifact]) -> None:
-    from deploycnn.quantization.qat import float_teacher
+@pytest.mark.parametrize("as_module", [False, True])
+def test_the_float_teacher_is_the_float_graph(
+    tmp_path: Path, chain: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch, as_module: bool
+) -> None:
+    from deploycnn.training import teacher as teachers
 
+    if as_module:  # as where onnxruntime is not installed
+        monkeypatch.setattr(teachers, "installed", lambda _name: False)
     batch = parity_images(DATA, (3, 8, 8), 10, 0)[0]
-    teacher = float_teacher(load_onnx(chain[0].path))
+    teacher = teachers.graph_teacher(load_onnx(chain[0].path), context(tmp_path, chain))
+    assert isinstance(teacher, teachers.GraphTeacher) != as_module
     with torch.inference_mode():
         found = teacher(torch.from_numpy(batch)).numpy()
     np.testing.assert_allclose(found, evaluator(chain[0].path)(batch)[0], atol=1e-4, rtol=1e-4)

@@ -33,6 +33,7 @@ from deploycnn.training import loop
 from deploycnn.training.history import History
 from deploycnn.training.losses import CrossEntropy, Distillation
 from deploycnn.training.settings import TrainingSettings
+from deploycnn.training.teacher import GraphTeacher
 from tests.graph.nets import Residual, images, randomized
 from tests.training.support import make_context, make_data
 
@@ -77,7 +78,7 @@ def tune(
     quantized: ModelProto, full: ModelProto, ctx: Context, settings: TrainingSettings = QUICK, **options: Any
 ) -> qat.Tuned:
     loss = Distillation(
-        teacher=qat.float_teacher(full), method="kd", temperature=2.0, alpha=1.0, beta=0.0, label_weight=0.0
+        teacher=GraphTeacher(full, 1), method="kd", temperature=2.0, alpha=1.0, beta=0.0, label_weight=0.0
     )
     return qat.fine_tune(
         quantized, full, DATA, settings, loss=loss, ctx=ctx, **{"learn_scales": True, "parity_count": 30, **options}
@@ -119,7 +120,7 @@ def test_at_its_defaults_a_steep_net_trains_and_keeps_its_scales_positive(tmp_pa
         full,
         DATA,
         settings,
-        loss=Distillation(teacher=qat.float_teacher(full), method=settings.method, **settings.weights),
+        loss=Distillation(teacher=GraphTeacher(full, 1), method=settings.method, **settings.weights),
         ctx=make_context(tmp_path / "qat", DATA),
         learn_scales=settings.learn_scales,
         parity_count=30,
