@@ -140,14 +140,17 @@ class Bench:
             )
         return times
 
-    def ratio(self, pruned: nn.Module) -> Kept:
-        """Race a pruned model with the dense one."""
+    def ratio(self, pruned: nn.Module, *, again: int = 0) -> Kept:
+        """Race a pruned model with the dense one; longer each time it is raced ``again``."""
         with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
             paths = {"dense": Path(folder) / "dense.onnx", "pruned": Path(folder) / "pruned.onnx"}
             save_onnx(self.dense(), paths["dense"])
             save_onnx(self.export(pruned), paths["pruned"])
             speeds = self.stopwatch.race(
-                paths, batch_size=self.batch_size, threads=self.threads, budget_s=2 * self.budget_s
+                paths,
+                batch_size=self.batch_size,
+                threads=self.threads,
+                budget_s=2 * (1 + again) * self.budget_s,
             )
         kept = 1 / speeds["pruned"].ratio
         dense_ms = speeds["dense"].median_ms

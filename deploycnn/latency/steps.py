@@ -22,7 +22,7 @@ STEPS = (1, 2, 4, 8, 16, 32)
 TOLERANCE = 0.05
 #: Widths that are timed: every one, as steps show between them.
 WIDTHS = (8, 41)
-_BUDGET_S = 0.2
+_BUDGET_S = 0.5
 
 Prepare = Callable[[ModelProto, tuple[int, int, int]], ModelProto]
 
