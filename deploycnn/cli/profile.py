@@ -23,7 +23,9 @@ from deploycnn.cli.options import output_options
 )
 @click.option("--threads", multiple=True, help="A number or `all`; repeatable. [default: 1 and all]")
 @click.option(
-    "--budget-s", type=float, help="Seconds of timing for each batch size and thread count. [default: 6]"
+    "--budget-s",
+    type=float,
+    help="Seconds of timing for each model in each runtime, at each batch size and thread count. [default: 6]",
 )
 @click.option(
     "--trust-engine",
