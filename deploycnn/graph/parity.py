@@ -19,6 +19,8 @@ from deploycnn.optional import installed, require
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
+
 Array = npt.NDArray[Any]
 
 #: Preprocessed images (N, C, H, W) -> outputs in graph order, each with N first.
@@ -224,6 +226,17 @@ def evaluator(
         return [np.asarray(value) for value in reference.run(names, {name: images})]
 
     return by_reference
+
+
+def module_evaluator(module: nn.Module) -> Evaluate:
+    """A function that runs a PyTorch module of one output, which is on the CPU and in evaluation mode."""
+    import torch
+
+    def evaluate(images_NCHW: npt.NDArray[np.float32]) -> list[Array]:
+        with torch.inference_mode():
+            return [module(torch.from_numpy(images_NCHW)).numpy()]
+
+    return evaluate
 
 
 def cpu_session(

@@ -11,9 +11,7 @@ from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass
 from deploycnn.errors import PassRequirementError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from deploycnn.graph.parity import Evaluate
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ class Export(Pass):
 
         from deploycnn.graph.export import export_onnx
         from deploycnn.graph.model import load_onnx, save_onnx, tensor_specs
-        from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
+        from deploycnn.graph.parity import Tolerance, evaluator, measure_parity, module_evaluator
         from deploycnn.graph.probe import parity_images
         from deploycnn.models.artifact import load_model
         from deploycnn.models.drafting import image_shape
@@ -89,7 +87,7 @@ class Export(Pass):
         ctx.progress(1, 3, "comparing with PyTorch")
         images, images_source = parity_images(ctx.data, shape, self.parity_images, ctx.seed)
         parity = measure_parity(
-            _by_pytorch(model),
+            module_evaluator(model),
             # What is written is what is checked.
             evaluator(path, threads=ctx.threads),
             images,
@@ -124,16 +122,3 @@ class Export(Pass):
                 },
             ),
         )
-
-
-def _by_pytorch(model: nn.Module) -> Evaluate:
-    import numpy as np
-    import numpy.typing as npt
-    import torch
-
-    def evaluate(images_NCHW: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
-        with torch.inference_mode():
-            logits: npt.NDArray[np.float32] = model(torch.from_numpy(images_NCHW)).numpy()
-        return [logits]
-
-    return evaluate

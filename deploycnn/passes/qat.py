@@ -28,7 +28,7 @@ class Qat(QatSettings, Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     needs_data: ClassVar[bool] = True
     trains: ClassVar[bool] = True
 

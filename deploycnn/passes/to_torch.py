@@ -11,11 +11,9 @@ from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass, Te
 from deploycnn.errors import PassRequirementError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from torch import fx
 
-    from deploycnn.graph.parity import Evaluate, Parity
+    from deploycnn.graph.parity import Parity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +115,16 @@ class ToTorch(Pass):
         softmax: bool,
         ctx: Context,
     ) -> Parity:
-        from deploycnn.graph.parity import Tolerance, evaluator, measure_parity
+        from torch import nn
+
+        from deploycnn.graph.parity import Tolerance, evaluator, measure_parity, module_evaluator
         from deploycnn.graph.probe import parity_images
 
         images, images_source = parity_images(ctx.data, shape, self.parity_images, ctx.seed)
         size = fixed_batch or 1
         parity = measure_parity(
             evaluator(source.path, threads=ctx.threads),
-            _by_pytorch(module, softmax),
+            module_evaluator(nn.Sequential(module, nn.Softmax(dim=1)).eval() if softmax else module),
             images[: max(len(images) // size, 1) * size],
             batch_sizes=(1, 5) if fixed_batch is None else (fixed_batch,),
             tolerance=Tolerance(absolute=self.absolute_tolerance, relative=self.relative_tolerance),
@@ -134,15 +134,3 @@ class ToTorch(Pass):
         ctx.log.info("parity: largest error %.3g on %d %s", parity.max_abs_error, len(images), images_source)
         parity.check("to_torch: the PyTorch model")
         return parity
-
-
-def _by_pytorch(module: fx.GraphModule, softmax: bool) -> Evaluate:
-    import torch
-
-    def evaluate(images_NCHW: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
-        with torch.inference_mode():
-            outputs: torch.Tensor = module(torch.from_numpy(images_NCHW))
-            outputs = outputs.softmax(dim=1) if softmax else outputs
-        return [outputs.numpy()]
-
-    return evaluate

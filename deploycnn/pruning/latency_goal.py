@@ -129,7 +129,7 @@ class LatencyGoal:
             if not tries or tries[-1].off(self.ratio) > WITHIN:
                 self._next_try(tries, posed, dense_ms, found)
                 if len(tries[-1].races) >= ENOUGH:
-                    break  # no other widths are nearer
+                    break  # the same again, and known to be off
             if self.bench is None:
                 break
             self.tell(race, RACES, "measuring the pruned model on the target")
@@ -184,11 +184,10 @@ class LatencyGoal:
         solution = self._solve(posed, dense_ms, float(np.exp(np.mean(errors))) if errors else 1.0)
         steps = [ladder.steps[level] for ladder, level in zip(found, solution.levels, strict=True)]
         same = [item for item in tries if item.steps == steps]
-        for item in tries:
-            if item.steps != steps:
-                item.graph = None  # large models are large
         if same:
             tries.remove(same[0])
+        for item in tries:
+            item.graph = None  # it may be large
         new = _Try(steps=steps, solution=solution, predicted=solution.cost / dense_ms)
         tries.append(same[0] if same else new)
 

@@ -119,6 +119,10 @@ class _Stripper:
         self._reading = reading
         self._constants = initializers(source.graph)
         self._types = value_types(infer_shapes(source))
+        #: Values that layers with weights read.
+        self._by_layers = {
+            name for node in source.graph.node if node.op_type in COMPUTE for name in node.input
+        }
         #: Value -> what stands for it in the float graph.
         self._alias: dict[str, str] = {}
         self._quantized: dict[str, NodeProto] = {}
@@ -180,10 +184,7 @@ class _Stripper:
             source is not None
             and source.type.tensor_type.elem_type in _FLOATS
             and attribute(node, "to", 0) in _FLOATS
-            and not any(
-                reader.op_type in COMPUTE and node.output[0] in reader.input
-                for reader in self._source.graph.node
-            )
+            and node.output[0] not in self._by_layers
         )
 
     def _cast(self, node: NodeProto) -> None:

@@ -18,7 +18,7 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.graph.bridge import to_torch
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.observe import image_input
-from deploycnn.graph.parity import Evaluate, Tolerance, evaluator, measure_parity
+from deploycnn.graph.parity import Evaluate, Tolerance, evaluator, measure_parity, module_evaluator
 from deploycnn.models.inspection import inspect_model
 from deploycnn.optional import installed
 from deploycnn.training.device import model_to
@@ -71,16 +71,15 @@ def answering(teacher: nn.Module, images_NCHW: Tensor, *, views: int, name: str,
         ctx.log.warning("the teacher %s is computed by PyTorch, which is slower: %s", name, error)
         return teacher
     found = GraphTeacher(graph, ctx.threads)
-    with torch.no_grad():
-        parity = measure_parity(
-            lambda images: [teacher(torch.from_numpy(images)).numpy()],
-            lambda images: [found(torch.from_numpy(images)).numpy()],
-            images_NCHW.numpy(),
-            batch_sizes=(len(images_NCHW),),
-            tolerance=_TOLERANCE,
-            source="val images",
-            against="pytorch",
-        )
+    parity = measure_parity(
+        module_evaluator(teacher),
+        module_evaluator(found),
+        images_NCHW.numpy(),
+        batch_sizes=(len(images_NCHW),),
+        tolerance=_TOLERANCE,
+        source="val images",
+        against="pytorch",
+    )
     if not (parity.worst_ratio is not None and parity.worst_ratio <= 1.0):
         ctx.log.warning(
             "the teacher %s is computed by PyTorch, which is slower: its ONNX graph differs by %.3g",
