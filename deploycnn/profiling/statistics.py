@@ -164,8 +164,10 @@ def trimmed_interval(
         return center, center - critical * error, center + critical * error
     drawn = values[np.random.default_rng(seed).integers(0, count, (resamples, count))]
     centers, errors = _trimmed(drawn)
-    # resamples of (nearly) equal values would divide by nothing; the order statistics below bound them
-    t = np.abs(centers - center) / np.maximum(errors, np.finfo(float).tiny)
+    # Resamples of (nearly) equal values would divide by nothing, or overflow: their errors count as what is far too
+    # small to matter, and the order statistics below bound what comes of them.
+    least = max(1e-9 * error, 1e-18 * float(np.ptp(values)), float(np.finfo(float).tiny))
+    t = np.abs(centers - center) / np.maximum(errors, least)
     half = error * max(critical, float(np.quantile(t, confidence)))
     ordered = np.sort(values)
     skipped = _sign_test_rank(count, 1 - (1 - confidence) / 4) - 1

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -197,6 +197,9 @@ def test_two_rounds_are_too_few() -> None:
     values=st.lists(st.floats(-10, 10), min_size=3, max_size=24),
     shift=st.floats(-5, 5),
 )
+@example(values=[0.0] * 7 + [5.0] * 3, shift=0.0)  # resamples of equal values far from the center
+@example(values=[5e-324] * 17 + [10.0] * 3, shift=0.0)
+@example(values=[0.0] * 9 + [1e-300] + [10.0] * 2, shift=1.0)
 def test_intervals_are_finite_and_move_with_the_values(values: list[float], shift: float) -> None:
     array = np.array(values)
     center, low, high = trimmed_interval(array, confidence=0.99, resamples=200, seed=1)
