@@ -32,7 +32,7 @@ from deploycnn.profiling.stopwatch import RuntimeStopwatch
 from deploycnn.pruning import importance
 from deploycnn.pruning.allocation import Ladder, ladders
 from deploycnn.pruning.groups import ChannelGroup
-from deploycnn.pruning.latency_goal import draw, posed_problem
+from deploycnn.pruning.latency_problem import draw, posed_problem
 from deploycnn.pruning.solver import integer_optimum, solve
 from deploycnn.pruning.structure import analyse, shrunk
 from deploycnn.pruning.surgery import Removals

@@ -50,7 +50,7 @@ def measure_table(
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
     from deploycnn.pruning.allocation import ladders
     from deploycnn.pruning.importance import random
-    from deploycnn.pruning.latency_goal import draw
+    from deploycnn.pruning.latency_problem import draw
     from deploycnn.pruning.structure import analyse, shrunk
     from deploycnn.runtimes.base import create
 

@@ -12,6 +12,7 @@ from deploycnn.errors import PassRequirementError, RuntimeUnavailable
 from deploycnn.latency.layers import Layer, layers_of
 from deploycnn.latency.measure import Bench
 from deploycnn.latency.model import LatencyTable, load_table
+from deploycnn.pruning.dropping import Dropping
 from deploycnn.pruning.latency_goal import LatencyGoal
 
 
@@ -23,6 +24,7 @@ def latency_goal(
     precision: str,
     table: Path | None,
     ctx: Context,
+    dropping: Dropping | None = None,
 ) -> LatencyGoal:
     """The goal, and what measures it.
 
@@ -36,6 +38,7 @@ def latency_goal(
         precision: "fp32" or "int8".
         table: A file, or ``None``.
         ctx: Of the pass.
+        dropping: Blocks that may go beside channels.
 
     Raises:
         RuntimeUnavailable: this host lacks the target, and there is no table.
@@ -50,7 +53,12 @@ def latency_goal(
         elsewhere = environment.Environment.from_json(loaded.environment, f"{table}: environment")
         if stopwatch is None or here.fingerprint != elsewhere.fingerprint:
             return LatencyGoal(
-                ratio=ratio, layers=layers_of_table(model, images, loaded, table), bench=None, table=loaded
+                ratio=ratio,
+                layers=layers_of_table(model, images, loaded, table),
+                bench=None,
+                table=loaded,
+                dropping=dropping,
+                tell=ctx.progress,
             )
         batch_size, threads = loaded.batch_size, loaded.threads
     elif stopwatch is None:
@@ -72,7 +80,13 @@ def latency_goal(
     )
     layers = bench.layers() if loaded is None else layers_of_table(model, images, loaded, table)
     return LatencyGoal(
-        ratio=ratio, layers=layers, bench=bench, table=loaded, seed=ctx.seed, tell=ctx.progress
+        ratio=ratio,
+        layers=layers,
+        bench=bench,
+        table=loaded,
+        dropping=dropping,
+        seed=ctx.seed,
+        tell=ctx.progress,
     )
 
 

@@ -73,6 +73,10 @@ class Prune(Pass):
     latency_table: Annotated[
         Path | None, "For latency_ratio: a table made by `deploycnn latency-table`, also on another machine."
     ] = None
+    drop_blocks: Annotated[
+        bool,
+        "For latency_ratio: whole residual blocks may go as well as channels; how many, training images decide.",
+    ] = False
     importance: Annotated[
         Importance,
         "What the least important channels are told by; taylor, the fishers, hrank and chip look at training images.",
@@ -114,6 +118,10 @@ class Prune(Pass):
             raise RecipeError(f"prune: set exactly one of {names}, got {' and '.join(given) or 'none'}")
         if self.latency_table is not None and self.latency_ratio is None:
             raise RecipeError("prune: latency_table is for latency_ratio; set that or leave the table out")
+        if self.drop_blocks and self.latency_ratio is None:
+            raise RecipeError(
+                "prune: drop_blocks is for latency_ratio; set that, or write the pass drop_blocks before this one"
+            )
         for name, ratio in {"pruning_ratio": self.pruning_ratio, **self.ratios}.items():
             if ratio is not None and ratio > self.max_ratio:
                 raise RecipeError(
@@ -132,7 +140,9 @@ class Prune(Pass):
             )
         # So that a recipe without data is refused before any work is done.
         object.__setattr__(
-            self, "needs_data", self.importance not in _OF_WEIGHTS or self.steps > 1 or self.sensitivity
+            self,
+            "needs_data",
+            self.importance not in _OF_WEIGHTS or self.steps > 1 or self.sensitivity or self.drop_blocks,
         )
         object.__setattr__(self, "timing_decides", self.latency_ratio is not None)
 
@@ -160,8 +170,8 @@ class Prune(Pass):
         shape = image_shape(source, ctx, "prune")
         model = load_model(source.path)
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
-        goal = self._goal(model, images, ctx)
         with deterministic(threads=ctx.threads, device=ctx.device):
+            goal = self._goal(model, images, ctx)
             tables = [_sensitivity(model, images, wanted, self.protect, ctx)] if self.sensitivity else []
             if self.tune is None:
                 record = prune(model, images, wanted, goal, seed=ctx.seed)
@@ -221,14 +231,22 @@ class Prune(Pass):
         if self.latency_ratio is None:
             return None
         from deploycnn.latency.goal import latency_goal
+        from deploycnn.pruning.dropping import ranked_blocks
 
+        model.eval()
+        dropping = None
+        if self.drop_blocks:
+            dropping = ranked_blocks(
+                model, images, protect=self.protect, ratios=self.ratios, limit=self.importance_images, ctx=ctx
+            )
         return latency_goal(
-            model.eval(),
+            model,
             images,
             ratio=self.latency_ratio,
             precision=self.latency_precision,
             table=self.latency_table,
             ctx=ctx,
+            dropping=dropping,
         )
 
     def _options(self) -> dict[str, Json]:

@@ -7,6 +7,7 @@ it gives its input back once all its parameters are zero: this is tried out, not
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,6 +111,7 @@ def rank_and_drop(
     count: int,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     *,
+    until: float = math.inf,
     progress: Callable[[int, int], None] = lambda _, __: None,
 ) -> list[Missed]:
     """Drop blocks one after the other in place, each time the one without which the loss is least.
@@ -119,6 +121,7 @@ def rank_and_drop(
         candidates: Of :func:`droppable`.
         count: How many to drop, at most all.
         batches: Gives (images, class indices) of the training split, anew with each call.
+        until: Drop no block without which the loss is above this.
         progress: Called with the number of blocks tried and of all trials.
 
     Returns:
@@ -136,6 +139,8 @@ def rank_and_drop(
             tried += 1
             progress(tried, trials)
         least = min(left, key=lambda name: increases[name])
+        if base + increases[least] > until:
+            break
         drop(model, (least,))
         left.remove(least)
         dropped.append(least)

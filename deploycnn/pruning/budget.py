@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,7 @@ def problem(
     cost: Cost,
     *,
     fixed: float = 0.0,
+    blocks: Sequence[Collection[str]] = (),
 ) -> Problem:
     """The solver's problem.
 
@@ -75,11 +76,13 @@ def problem(
         layers: Names of the layers that cost something.
         groups: Prunable groups.
         found: Ladders; each is a variable whose levels are its steps.
-        losses: Of each ladder, by step.
+        losses: Of each ladder by step, then of each block: kept, dropped.
         cost: Of layers.
         fixed: Cost that widths do not change.
+        blocks: Layers that cost nothing where the block is dropped; each a variable of two levels, after the ladders.
     """
     places = widths_by_ladder(model, groups, found)
+    block_of = {layer: len(found) + index for index, held in enumerate(blocks) for layer in held}
     factors = []
     for layer in layers:
         module = model.get_submodule(layer)
@@ -88,18 +91,25 @@ def problem(
             for side in (("in", "out") if isinstance(module, MIXING) else ("out", "out"))
         ]
         variables = tuple(sorted({index for side in sides for index in side.taken}))
-        if not variables:
-            fixed += float(cost(layer, *(np.array(float(side.full)) for side in sides)))
-            continue
         cells = float(np.prod([float(len(found[index].steps)) for index in variables]))
         if cells <= _CELLS:
             grids = [_grid(side, variables, found) for side in sides]
             shape = np.broadcast_shapes(*(grid.shape for grid in grids))
             values = cost(layer, *(np.broadcast_to(grid, shape) for grid in grids))
-            factors.append(Factor(variables=variables, cost=values))
+            parts = [Factor(variables=variables, cost=np.asarray(values))]
         else:
-            factors += _apart(layer, sides, variables, found, cost)
-    return Problem(losses=tuple(losses), factors=_merged(factors), fixed=fixed)
+            parts = _apart(layer, sides, variables, found, cost)
+        factors += [_unless_dropped(part, block_of[layer]) for part in parts] if layer in block_of else parts
+    fixed += sum(float(factor.cost) for factor in factors if not factor.variables)
+    return Problem(
+        losses=tuple(losses), factors=_merged([factor for factor in factors if factor.variables]), fixed=fixed
+    )
+
+
+def _unless_dropped(factor: Factor, block: int) -> Factor:
+    """The same cost, and none where the block is dropped."""
+    kept_or_not = np.stack([factor.cost, np.zeros_like(factor.cost)], axis=-1)
+    return Factor(variables=(*factor.variables, block), cost=kept_or_not)
 
 
 def _grid(side: Width, variables: Sequence[int], found: Sequence[Ladder]) -> FloatArray:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,13 +13,12 @@ from deploycnn.core import Json, Table
 from deploycnn.errors import PassRequirementError
 from deploycnn.latency.layers import Layer
 from deploycnn.latency.model import LatencyTable
-from deploycnn.pruning.allocation import Ladder, chosen, losses_of, pinned
-from deploycnn.pruning.budget import problem, widths_by_ladder
+from deploycnn.pruning.allocation import Ladder, pinned
+from deploycnn.pruning.dropping import Block, Dropping
 from deploycnn.pruning.elimination import Problem
 from deploycnn.pruning.groups import ChannelGroup
-from deploycnn.pruning.layers import width
+from deploycnn.pruning.latency_problem import cut, draw, layer_rows, posed_problem
 from deploycnn.pruning.solver import Solution, cheapest, solve
-from deploycnn.pruning.surgery import Removals, removals, remove
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -37,10 +35,11 @@ ENOUGH = 2
 
 @dataclass(slots=True, kw_only=True)
 class _Try:
-    """Widths, and what is known of their latency.
+    """Widths and blocks, and what is known of their latency.
 
     Attributes:
         steps: Of each ladder.
+        dropped: Blocks that are gone.
         solution: Of the solver.
         predicted: Share of the dense latency.
         races: With the dense model; none where only a table knows the target.
@@ -48,6 +47,7 @@ class _Try:
     """
 
     steps: list[int]
+    dropped: tuple[str, ...]
     solution: Solution
     predicted: float
     races: list[Kept] = field(default_factory=list)
@@ -91,6 +91,7 @@ class LatencyGoal:
         layers: Of the model, with their kinds.
         bench: Measures on the target; ``None`` where only a table is there.
         table: Measured before, or ``None``: the bench measures one when it is needed.
+        dropping: Blocks that may go beside channels; ``None``: none may.
         seed: Of random width configurations.
         tell: Told what is being done.
     """
@@ -99,6 +100,7 @@ class LatencyGoal:
     layers: Sequence[Layer]
     bench: Bench | None
     table: LatencyTable | None = None
+    dropping: Dropping | None = None
     seed: int = 0
     tell: Callable[[float, float, str], None] = lambda _done, _total, _message: None
     record: dict[str, Json] = field(default_factory=dict)
@@ -112,8 +114,15 @@ class LatencyGoal:
             raise TypeError("a goal without a table needs a bench")
         return self.bench
 
-    def choose(self, model: nn.Module, groups: Sequence[ChannelGroup], found: Sequence[Ladder]) -> list[int]:
-        """The step of each ladder.
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those that may go."""
+        return self.dropping.blocks if self.dropping is not None else ()
+
+    def choose(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], found: Sequence[Ladder]
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """The step of each ladder, and the names of blocks to drop.
 
         Raises:
             PassRequirementError: the goal is out of reach; says what the fastest is.
@@ -123,7 +132,9 @@ class LatencyGoal:
         )
         dense_ms = posed_problem(model, self.layers, groups, found, table).cost([0] * len(found))
         found = pinned(found)
-        posed = posed_problem(model, self.layers, groups, found, table)
+        posed = posed_problem(model, self.layers, groups, found, table, self.blocks)
+        if self.dropping is not None:
+            posed = self._exchanged(model, groups, found, posed, dense_ms, self.dropping)
         tries: list[_Try] = []
         for race in range(RACES if self.bench is not None else 1):
             if not tries or tries[-1].off(self.ratio) > WITHIN:
@@ -135,9 +146,7 @@ class LatencyGoal:
             self.tell(race, RACES, "measuring the pruned model on the target")
             now = tries[-1]
             if now.graph is None:
-                pruned = copy.deepcopy(model)
-                remove(pruned, removals(chosen(groups, found, now.steps)))
-                now.graph = self.bench.export(pruned)
+                now.graph = self.bench.export(cut(model, groups, found, now.steps, now.dropped))
             now.races.append(self.bench.ratio(now.graph, again=len(now.races)))
             if len(now.races) >= ENOUGH and now.off(self.ratio) <= WITHIN:
                 break
@@ -158,9 +167,52 @@ class LatencyGoal:
                 "error": asdict(table.error) if table.error else None,
                 "environment": table.environment,
             },
-            "layers": layer_rows(model, self.layers, groups, found, best.solution, table),
+            "layers": layer_rows(model, self.layers, groups, found, best.solution, table, self._gone(best)),
         }
-        return best.steps
+        if self.dropping is not None:
+            self.record |= {"dropped_blocks": list(best.dropped), "exchange": self.dropping.tried}
+        return best.steps, best.dropped
+
+    def _gone(self, now: _Try) -> frozenset[str]:
+        """Layers in blocks that are dropped."""
+        return frozenset[str]().union(*(block.layers for block in self.blocks if block.name in now.dropped))
+
+    def _exchanged(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        found: Sequence[Ladder],
+        posed: Problem,
+        dense_ms: float,
+        dropping: Dropping,
+    ) -> Problem:
+        """``posed``, with channels at the rate of exchange for blocks at which the training loss comes out least."""
+        channels = posed.losses[: len(found)]
+        rates = dropping.rates(channels)
+        seen: dict[tuple[int, ...], tuple[float, Problem]] = {}
+        for number, rate in enumerate(rates):
+            self.tell(number, len(rates), "blocks against channels")
+            scaled = replace(posed, losses=(*(rate * loss for loss in channels), *posed.losses[len(found) :]))
+            levels = self._solve(scaled, dense_ms, 1.0).levels
+            if levels in seen:
+                continue
+            steps, dropped = self._meant(found, levels)
+            pruned = cut(model, groups, found, steps, dropped)
+            seen[levels] = (dropping.judge(pruned), scaled)
+            dropping.tried.append(
+                {
+                    "rate": rate,
+                    "blocks": len(dropped),
+                    "channels": sum(step * found[i].atoms.shape[1] for i, step in enumerate(steps)),
+                    "loss": seen[levels][0],
+                }
+            )
+        return min(seen.values(), key=lambda item: item[0])[1]
+
+    def _meant(self, found: Sequence[Ladder], levels: Sequence[int]) -> tuple[list[int], tuple[str, ...]]:
+        """Steps of ladders and names of blocks at the solver's levels."""
+        steps = [ladder.steps[level] for ladder, level in zip(found, levels, strict=False)]
+        return steps, self.dropping.names(levels) if self.dropping is not None else ()
 
     def _words(self, best: _Try, rounds: int, table: LatencyTable) -> str:
         """The outcome in a sentence."""
@@ -182,13 +234,13 @@ class LatencyGoal:
         """Choose by a prediction corrected by all races so far; a choice that comes again moves to the end."""
         errors = [np.log(race.measured_ratio / item.predicted) for item in tries for race in item.races]
         solution = self._solve(posed, dense_ms, float(np.exp(np.mean(errors))) if errors else 1.0)
-        steps = [ladder.steps[level] for ladder, level in zip(found, solution.levels, strict=True)]
-        same = [item for item in tries if item.steps == steps]
+        steps, dropped = self._meant(found, solution.levels)
+        same = [item for item in tries if (item.steps, item.dropped) == (steps, dropped)]
         if same:
             tries.remove(same[0])
         for item in tries:
             item.graph = None  # it may be large
-        new = _Try(steps=steps, solution=solution, predicted=solution.cost / dense_ms)
+        new = _Try(steps=steps, dropped=dropped, solution=solution, predicted=solution.cost / dense_ms)
         tries.append(same[0] if same else new)
 
     def _solve(self, posed: Problem, dense_ms: float, scale: float) -> Solution:
@@ -205,7 +257,9 @@ class LatencyGoal:
 
     def tables(self) -> list[Json]:
         """For the report."""
+        blocks = self.dropping.tables(self.record["dropped_blocks"]) if self.dropping is not None else []
         return [
+            *(table.to_json() for table in blocks),
             Table(
                 title="Widths and predicted latency of each layer",
                 columns=(
@@ -226,57 +280,5 @@ class LatencyGoal:
                     )
                     for row in self.record["layers"]
                 ),
-            ).to_json()
+            ).to_json(),
         ]
-
-
-def posed_problem(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    groups: Sequence[ChannelGroup],
-    found: Sequence[Ladder],
-    table: LatencyTable,
-) -> Problem:
-    """Widths against latency, for the solver."""
-    kinds = {layer.name: layer.key for layer in layers}
-    return problem(
-        model,
-        list(kinds),
-        groups,
-        found,
-        losses_of(found),
-        lambda layer, inputs, outputs: table.cost(kinds[layer], inputs, outputs),
-    )
-
-
-def layer_rows(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    groups: Sequence[ChannelGroup],
-    found: Sequence[Ladder],
-    solution: Solution,
-    table: LatencyTable,
-) -> list[Json]:
-    """Widths and predicted milliseconds of each layer, before and after."""
-    places = widths_by_ladder(model, groups, found)
-    rows = []
-    for layer in layers:
-        module = model.get_submodule(layer.name)
-        sides = {}
-        for side in ("in", "out"):
-            full = width(module, side)
-            place = places.get((layer.name, side))
-            lost = sum(int(by[solution.levels[index]]) for index, by in place.taken.items()) if place else 0
-            sides[side] = [full, full - lost]
-        ms = [
-            float(table.cost(layer.key, float(sides["in"][index]), float(sides["out"][index])))
-            for index in (0, 1)
-        ]
-        rows.append({"layer": layer.name, **sides, "ms": ms})
-    return rows
-
-
-def draw(groups: Sequence[ChannelGroup], found: Sequence[Ladder], generator: np.random.Generator) -> Removals:
-    """A random width configuration: every ladder at a step of its own."""
-    steps = [int(generator.choice(ladder.steps)) for ladder in found]
-    return removals(chosen(groups, found, steps))

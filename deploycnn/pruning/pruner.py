@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
+from deploycnn.models.delta import drop
 from deploycnn.models.macs import count_macs, count_params
 from deploycnn.pruning.allocation import (
     Ladder,
@@ -105,10 +106,11 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
     protected = (*structure.protected, *_left_alone(structure.groups, scores, found, goal))
     if not any(len(ladder.steps) > 1 for ladder in found):
         raise PassRequirementError(f"prune: no layer can be pruned: {_summary(protected)}")
-    losses = _losses(model, images, structure, found, goal, macs)
+    losses, dropped = _losses(model, images, structure, found, goal, macs)
     cuts = removals(losses)
     _check_surgery(model, trial, cuts, structure)
     remove(model, cuts)
+    drop(model, dropped)
     if _shapes(model, images, "after pruning") != shapes:
         raise RuntimeError("pruning changed the shape of the outputs")
     after = count_macs(model, shape)
@@ -188,17 +190,18 @@ def _losses(
     found: Sequence[Ladder],
     goal: Goal,
     macs: int,
-) -> list[tuple[ChannelGroup, IntArray]]:
-    """The channels that each group loses.
+) -> tuple[list[tuple[ChannelGroup, IntArray]], tuple[str, ...]]:
+    """The channels that each group loses, and the blocks that are dropped.
 
     Raises:
         PassRequirementError: the goal cannot be reached.
         NothingToRemoveError: it asks for nothing.
     """
+    dropped: tuple[str, ...] = ()
     if goal.pruning_ratio is not None:
         steps = allocate(found, goal.pruning_ratio, goal.scope)
     elif goal.latency is not None:
-        steps = goal.latency.choose(model, structure.groups, found)
+        steps, dropped = goal.latency.choose(model, structure.groups, found)
     elif goal.params_ratio is not None:
         steps = steps_for_params(model, structure.groups, found, goal.params_ratio)
     elif goal.macs_ratio is not None:
@@ -211,11 +214,11 @@ def _losses(
             f"prune.pruning_ratio: {goal.pruning_ratio:g} is too little for any width to reach the next multiple of "
             f"round_to = {goal.round_to}; raise it, lower round_to, or set scope: global"
         )
-    if not losses:
+    if not losses and not dropped:
         raise NothingToRemoveError(
             "prune: the goal is so near to the dense model that no channel needs to go; lower it or leave prune out"
         )
-    return losses
+    return losses, dropped
 
 
 def _steps_for_macs(

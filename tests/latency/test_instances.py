@@ -17,7 +17,7 @@ from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.models.small_mobilenet import SmallMobileNetV2
 from deploycnn.pruning import importance
 from deploycnn.pruning.allocation import ladders
-from deploycnn.pruning.latency_goal import draw
+from deploycnn.pruning.latency_problem import draw
 from deploycnn.pruning.layers import width
 from deploycnn.pruning.structure import analyse
 from deploycnn.pruning.surgery import randomized, remove
