@@ -28,8 +28,10 @@ from deploycnn.pruning.structure import check_modules, is_inside, shrunk
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Rates that are tried: powers of two around that at which all blocks and all channels lose the same.
-_RATES = tuple(2.0**power for power in range(-6, 7))
+#: Rates that are tried, as multiples of that at which all blocks and all channels lose the same.
+RATES = tuple(2.0**power for power in range(-6, 7))
+#: Then those on both sides of the best so far.
+NEARER = (2**0.5, 2**0.25)
 #: Training images on which blocks are ranked at most, and how many at a time.
 _IMAGES, _BATCH = 256, 64
 #: No block is free: one without which the loss even falls would go at any goal.
@@ -70,11 +72,15 @@ class Dropping:
     judge: Callable[[nn.Module], float]
     tried: list[Json] = field(default_factory=list)
 
-    def rates(self, channels: Sequence[FloatArray]) -> list[float]:
-        """Rates of exchange to try: what the loss of channels, as ``losses_of`` has it, is multiplied with."""
+    def rate(self, channels: Sequence[FloatArray]) -> float:
+        """What the loss of channels (``losses_of``) is multiplied by, so that all channels weigh what all blocks do."""
         most = sum(float(losses.max()) for losses in channels)
-        unit = sum(block.loss for block in self.blocks) / most if most > 0 else 1.0
-        return [unit * rate for rate in _RATES]
+        return sum(block.loss for block in self.blocks) / most if most > 0 else 1.0
+
+    def note(self, rate: float, blocks: int, channels: int, loss: float) -> None:
+        """Keep what was found at a rate: blocks and channels that go, and what the judge says."""
+        self.tried.append({"rate": rate, "blocks": blocks, "channels": channels, "loss": loss})
+        self.tried.sort(key=lambda row: float(row["rate"]))
 
     def names(self, levels: Sequence[int]) -> tuple[str, ...]:
         """The blocks that the last ``levels`` of a solution drop."""

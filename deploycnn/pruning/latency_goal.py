@@ -14,7 +14,7 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.latency.layers import Layer
 from deploycnn.latency.model import LatencyTable
 from deploycnn.pruning.allocation import Ladder, pinned
-from deploycnn.pruning.dropping import Block, Dropping
+from deploycnn.pruning.dropping import NEARER, RATES, Block, Dropping
 from deploycnn.pruning.elimination import Problem
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.latency_problem import cut, draw, layer_rows, posed_problem
@@ -188,26 +188,28 @@ class LatencyGoal:
     ) -> Problem:
         """``posed``, with channels at the rate of exchange for blocks at which the training loss comes out least."""
         channels = posed.losses[: len(found)]
-        rates = dropping.rates(channels)
-        seen: dict[tuple[int, ...], tuple[float, Problem]] = {}
-        for number, rate in enumerate(rates):
-            self.tell(number, len(rates), "blocks against channels")
+        unit = dropping.rate(channels)
+        judged: dict[float, tuple[float, Problem]] = {}
+        known: dict[tuple[int, ...], float] = {}
+
+        def attempt(rate: float) -> None:
+            self.tell(len(judged), len(RATES) + 2 * len(NEARER), "blocks against channels")
             scaled = replace(posed, losses=(*(rate * loss for loss in channels), *posed.losses[len(found) :]))
             levels = self._solve(scaled, dense_ms, 1.0).levels
-            if levels in seen:
-                continue
-            steps, dropped = self._meant(found, levels)
-            pruned = cut(model, groups, found, steps, dropped)
-            seen[levels] = (dropping.judge(pruned), scaled)
-            dropping.tried.append(
-                {
-                    "rate": rate,
-                    "blocks": len(dropped),
-                    "channels": sum(step * found[i].atoms.shape[1] for i, step in enumerate(steps)),
-                    "loss": seen[levels][0],
-                }
-            )
-        return min(seen.values(), key=lambda item: item[0])[1]
+            if levels not in known:
+                steps, dropped = self._meant(found, levels)
+                known[levels] = dropping.judge(cut(model, groups, found, steps, dropped))
+                lost = sum(step * ladder.atoms.shape[1] for ladder, step in zip(found, steps, strict=True))
+                dropping.note(rate, len(dropped), lost, known[levels])
+            judged[rate] = (known[levels], scaled)
+
+        for rate in RATES:
+            attempt(unit * rate)
+        for factor in NEARER:
+            best = min(judged, key=lambda rate: judged[rate][0])
+            attempt(best * factor)
+            attempt(best / factor)
+        return min(judged.values(), key=lambda item: item[0])[1]
 
     def _meant(self, found: Sequence[Ladder], levels: Sequence[int]) -> tuple[list[int], tuple[str, ...]]:
         """Steps of ladders and names of blocks at the solver's levels."""

@@ -104,5 +104,12 @@ def test_the_step_of_a_kernel_with_blocks_is_its_block(block: int) -> None:
     assert step_of({width: float(-(-width // block) * block) for width in range(8, 41)}) == block
 
 
+def test_one_disturbed_width_among_few_does_not_halve_the_step() -> None:
+    """Above a step of 4, only 12, 20, 28 and 36 tell of 8."""
+    times = {width: float(-(-width // 8) * 8) for width in range(8, 41)}
+    assert step_of({**times, 20: 0.9 * times[20]}) == 8
+    assert step_of({**times, 20: 0.9 * times[20], 28: 0.9 * times[28]}) == 4
+
+
 def test_a_slow_path_off_the_block_does_not_make_the_step_larger() -> None:
     assert step_of({width: width * (1.0 if width % 8 == 0 else 1.8) for width in range(8, 41)}) == 8
