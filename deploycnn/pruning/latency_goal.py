@@ -250,10 +250,12 @@ class LatencyGoal:
         if solution is None:
             least = posed.cost(cheapest(posed)) * scale / dense_ms
             fixed = max(0.0, posed.fixed) * scale / dense_ms
+            mend = "raise it or max_ratio, or lower round_to"
+            if self.dropping is None:
+                mend += ", or let blocks go as well (drop_blocks: true)"
             raise PassRequirementError(
                 f"prune.latency_ratio: {self.ratio:g} is out of reach, the fastest reachable is {least:.3f} of the "
-                f"dense latency ({fixed:.3f} of it is spent where no width changes); raise it or max_ratio, or lower "
-                "round_to"
+                f"dense latency ({fixed:.3f} of it is spent where no width changes); {mend}"
             )
         return solution
 
