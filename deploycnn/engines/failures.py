@@ -30,6 +30,11 @@ _DEVICE = re.compile(r"compute capability|different.*device|UNSUPPORTED_CC", re.
 _MALFORMED = re.compile(
     r"magicTag|magic tag|header|corrupt|Serialization assertion|plan file|MALFORMED", re.IGNORECASE
 )
+#: Where in TensorRT's sources a message comes from. A bracket goes with its partner or not at all.
+_LOCATION = re.compile(
+    r"\s*(?:\(In \w+ at /[^\s()]+:\d+\)|In \w+ at /[^\s()]+:\d+|at /[^\s()]+:\d+"
+    r"|\[\w+\.cpp::\w+::\d+\]|\[\w+\.(?:cpp|h):\d+: \w+\])"
+)
 _AT_WORK = re.compile(r"=+ Computing costs for (.+)|Cannot compile operation '([^']+)'|failed .*node (\S+)")
 
 
@@ -44,9 +49,7 @@ class ParserFailure:
 
 def essence(text: str, limit: int = 220) -> str:
     """A message on one line without source locations and macro noise, at most ``limit`` characters."""
-    text = re.sub(
-        r"\(?In \w+ at /\S+:\d+\)?|at /\S+:\d+|\[\w+\.cpp::\w+::\d+\]|\[\w+\.(?:cpp|h):\d+: \w+\]", "", text
-    )
+    text = _LOCATION.sub("", text)
     text = re.sub(r"I\w+::\w+: Error Code \d+: ", "", text)
     text = " ".join(text.split()).strip(" .;")
     return text if len(text) <= limit else text[: limit - 3] + "..."
