@@ -94,6 +94,7 @@ def _warnings(figures: Figures) -> list[str]:
         for entry in figures.inputs.entries
         if entry.parity and entry.parity.get("informative") is False
     ]
+    found += _missed_latencies(figures.inputs.entries)
     for timing in figures.measured.timings:
         words = {row.disturbance.words for row in timing.rows if row.disturbance and row.disturbance.words}
         found += [
@@ -102,6 +103,17 @@ def _warnings(figures: Figures) -> list[str]:
     if figures.inputs.data is not None and figures.inputs.data.dataset.skipped:
         found.append(f"{len(figures.inputs.data.dataset.skipped)} unusable files were skipped")
     return found
+
+
+def _missed_latencies(entries: Sequence[Entry]) -> list[str]:
+    """Goals of ``prune.latency_ratio`` that were not reached, each with the variants that go on from there."""
+    variants: dict[str, list[str]] = {}
+    for entry in entries:
+        for step in entry.provenance:
+            latency = step["record"].get("pruning", {}).get("latency", {})
+            if latency.get("met") is False:
+                variants.setdefault(str(latency["words"]), []).append(entry.name)
+    return [f"{', '.join(names)}: latency_ratio: {words}" for words, names in variants.items()]
 
 
 def _method(figures: Figures) -> dict[str, Any]:

@@ -127,7 +127,9 @@ def _make(
     with store.workplace(step) as (output, scratch):
         handler = _Log(output / "log.txt", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        told = _Told(events, step.name)
         log.addHandler(handler)
+        log.addHandler(told)
         log.setLevel(logging.INFO)
         log.propagate = False
         started = time.perf_counter()
@@ -153,6 +155,7 @@ def _make(
                 step.component.requires(parent)
                 draft = step.component.run(parent, context)
         finally:
+            log.removeHandler(told)
             log.removeHandler(handler)
             handler.close()
         artifact = store.commit(
@@ -176,6 +179,18 @@ class _Log(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's signature
         """Let a full disk end the step."""
         raise  # noqa: PLE0704 - logging calls this while it handles the error
+
+
+class _Told(logging.Handler):
+    """Tells a step's warnings to whoever watches the run."""
+
+    def __init__(self, events: Events, title: str) -> None:
+        super().__init__(logging.WARNING)
+        self._events, self._title = events, title
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass it on with the step's title."""
+        self._events.warning(f"{self._title}: {record.getMessage()}")
 
 
 def stopwatch(recipe: Recipe, data: Data | None, log: logging.Logger) -> Stopwatch | None:

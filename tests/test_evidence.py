@@ -142,3 +142,14 @@ def test_the_baseline_is_within_any_budget_of_itself() -> None:
     fp32, a = found["variants"]
     assert (fp32["within_budget"], fp32["top1_drop"], fp32["top1_drop_interval"]) == (True, 0, [0, 0])
     assert a["within_budget"] == "unproven"
+
+
+def test_a_goal_of_latency_that_was_missed_is_a_warning_told_once_for_all_its_variants() -> None:
+    def step(met: bool | None) -> dict[str, Any]:
+        return {"record": {"pruning": {"latency": {"met": met, "words": "0.55 measured (0.5 asked for)"}}}}
+
+    entries = [
+        evidence.Entry(name=name, passes=(), artifact=None, provenance=({"record": {}}, step(met)))
+        for name, met in (("a", False), ("b", False), ("c", True), ("elsewhere", None))
+    ]
+    assert evidence._missed_latencies(entries) == ["a, b: latency_ratio: 0.55 measured (0.5 asked for)"]

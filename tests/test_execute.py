@@ -143,3 +143,28 @@ def test_passes_get_a_stopwatch_only_where_onnx_files_can_be_timed(monkeypatch: 
         monkeypatch.setattr("deploycnn.execute.create", lambda _, it=runtime: it)
         found.append(stopwatch(recipe, None, logging.getLogger("test")) is not None)
     assert found == [True, False, False]
+
+
+def test_warnings_of_a_step_reach_who_watches_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Watching(Silent):
+        def warning(self, text: str) -> None:
+            told.append(text)
+
+    original = Export.run
+
+    def doubtful(self: Export, source: Any, ctx: Any) -> Any:
+        ctx.log.info("as usual")
+        ctx.log.warning("off by %d%%", 7)
+        return original(self, source, ctx)
+
+    monkeypatch.setattr(Export, "run", doubtful)
+    recipe = recipes.parse({"source": {"model": "m"}, "variants": {"fp32": ["export"]}}, base=Path())
+    planned = plan(recipe, data_fingerprint=None)
+    with Store.open(tmp_path / "r") as store:
+        execute(recipe, planned, store, None, Watching())
+    assert told == ["export: off by 7%"]
+    assert "WARNING off by 7%" in next((tmp_path / "r/artifacts").glob("export-*/log.txt")).read_text()

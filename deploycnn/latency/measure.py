@@ -192,11 +192,10 @@ class Bench:
         kinds = [f"{layer.name}: {layer.key}" for layer in self.layers()]
         identity = self._identity({"kinds": kinds, "configs": configs})
         stored = cache.load("latency", identity)
-        if stored is not None:
-            return table_of(stored)
-        table = self.measure(cuts)
-        cache.store("latency", identity, table.to_json())
-        return table
+        if stored is None:
+            stored = self.measure(cuts).to_json()
+            cache.store("latency", identity, stored)
+        return table_of(stored)  # rounded as in the file, so that the next run chooses alike
 
     def measure(self, cuts: Sequence[Removals]) -> LatencyTable:
         """Profile and race the dense model and the configurations that ``cuts`` leave of it.

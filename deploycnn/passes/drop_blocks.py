@@ -146,6 +146,6 @@ def _table(ranked: list[Missed]) -> Table:
     rows = tuple((block.name, block.loss_increase, block.dropped) for block in ranked)
     return Table(
         title="Residual blocks",
-        columns=("block", "rise of the training loss without it", "dropped"),
+        columns=("block", "rise of the training loss without it and those before it", "dropped"),
         rows=rows,
     )

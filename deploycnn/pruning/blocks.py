@@ -57,17 +57,22 @@ def droppable(model: nn.Module, images: Tensor) -> tuple[str, ...]:
         ):
             continue
 
-        def before(_: nn.Module, inputs: tuple[object, ...], name: str = name) -> None:
+        def before(
+            _: nn.Module, inputs: tuple[object, ...], named: dict[str, object], name: str = name
+        ) -> None:
             calls[name] += 1
-            # Looked at before the module runs, which may write into its input.
-            if len(inputs) == 1 and isinstance(inputs[0], Tensor):
+            # Looked at before the module runs, which may write into its input. An identity takes nothing beside it.
+            if len(inputs) == 1 and not named and isinstance(inputs[0], Tensor):
                 values[name] = _like(inputs[0])
 
         def after(_: nn.Module, __: object, output: object, name: str = name) -> None:
             if isinstance(output, Tensor):
                 shapes[name] = output.shape
 
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        handles += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
     try:
         with torch.no_grad():
             forward(model, images)
@@ -121,7 +126,7 @@ def rank_and_drop(
         candidates: Of :func:`droppable`.
         count: How many to drop, at most all.
         batches: Gives (images, class indices) of the training split, anew with each call.
-        until: Drop no block without which the loss is above this.
+        until: Drop no block without which the loss is above this and above that of the whole model.
         progress: Called with the number of blocks tried and of all trials.
 
     Returns:
@@ -139,7 +144,7 @@ def rank_and_drop(
             tried += 1
             progress(tried, trials)
         least = min(left, key=lambda name: increases[name])
-        if base + increases[least] > until:
+        if increases[least] > 0 and base + increases[least] > until:
             break
         drop(model, (least,))
         left.remove(least)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deploycnn.core import Context, Json, Table
+from deploycnn.core import Context, Table
 from deploycnn.data.calibration import calibration_indices
 from deploycnn.errors import PassRequirementError
 from deploycnn.pruning.blocks import droppable, rank_and_drop
@@ -28,14 +28,12 @@ from deploycnn.pruning.structure import check_modules, is_inside, shrunk
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Rates that are tried, as multiples of that at which all blocks and all channels lose the same.
-RATES = tuple(2.0**power for power in range(-6, 7))
-#: Then those on both sides of the best so far.
-NEARER = (2**0.5, 2**0.25)
 #: Training images on which blocks are ranked at most, and how many at a time.
 _IMAGES, _BATCH = 256, 64
 #: No block is free: one without which the loss even falls would go at any goal.
 _LEAST_LOSS = 1e-3
+#: Each loses more than the one before it by at least this share: among equals those go that were ranked first.
+_APART = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +43,13 @@ class Block:
     Attributes:
         name: Of the module.
         layers: Convolutions and linear layers in it.
-        loss: By how much the training loss rises without it, where those before it in the ranking are gone.
+        rise: By how much the training loss rises without it and those before it in the ranking.
+        loss: What it adds to the rise, for the solver: above 0, and above that of every block before it.
     """
 
     name: str
     layers: frozenset[str]
+    rise: float
     loss: float
 
     @property
@@ -63,45 +63,32 @@ class Dropping:
     """The blocks of a model, and what judges models without them.
 
     Attributes:
-        blocks: Those that may go, first those that are missed least.
+        blocks: Those that may go, first those that are missed least; none: see ``why``.
         judge: Training loss of a model before training, with the batch-norm statistics of the batches.
-        tried: What was found at the rates.
+        why: No block may go.
     """
 
     blocks: tuple[Block, ...]
     judge: Callable[[nn.Module], float]
-    tried: list[Json] = field(default_factory=list)
+    why: str = ""
 
     def rate(self, channels: Sequence[FloatArray]) -> float:
         """What the loss of channels (``losses_of``) is multiplied by, so that all channels weigh what all blocks do."""
         most = sum(float(losses.max()) for losses in channels)
         return sum(block.loss for block in self.blocks) / most if most > 0 else 1.0
 
-    def note(self, rate: float, blocks: int, channels: int, loss: float) -> None:
-        """Keep what was found at a rate: blocks and channels that go, and what the judge says."""
-        self.tried.append({"rate": rate, "blocks": blocks, "channels": channels, "loss": loss})
-        self.tried.sort(key=lambda row: float(row["rate"]))
-
     def names(self, levels: Sequence[int]) -> tuple[str, ...]:
         """The blocks that the last ``levels`` of a solution drop."""
-        return tuple(
-            block.name for block, level in zip(self.blocks, levels[-len(self.blocks) :], strict=True) if level
-        )
+        last = levels[len(levels) - len(self.blocks) :]
+        return tuple(block.name for block, level in zip(self.blocks, last, strict=True) if level)
 
-    def tables(self, dropped: Sequence[str]) -> list[Table]:
+    def table(self, dropped: Sequence[str]) -> Table:
         """For the report."""
-        return [
-            Table(
-                title="Residual blocks",
-                columns=("block", "rise of the training loss", "dropped"),
-                rows=tuple((block.name, block.loss, block.name in dropped) for block in self.blocks),
-            ),
-            Table(
-                title="Blocks against channels: choices of the same predicted latency",
-                columns=("blocks dropped", "channels removed", "training loss before recovery"),
-                rows=tuple((row["blocks"], row["channels"], row["loss"]) for row in self.tried),
-            ),
-        ]
+        return Table(
+            title="Residual blocks, as they were ranked",
+            columns=("block", "rise of the training loss without it and those above it", "dropped"),
+            rows=tuple((block.name, block.rise, block.name in dropped) for block in self.blocks),
+        )
 
 
 def ranked_blocks(
@@ -112,8 +99,8 @@ def ranked_blocks(
     ratios: Iterable[str],
     limit: int,
     ctx: Context,
-) -> Dropping | None:
-    """Rank a model's blocks on images of the training split; ``None`` where it has none that may go.
+) -> Dropping:
+    """Rank a model's blocks on images of the training split.
 
     Args:
         model: In evaluation mode, on the CPU; left as it is.
@@ -124,11 +111,15 @@ def ranked_blocks(
         ctx: Seed, device, data and progress.
 
     Raises:
-        PassRequirementError: a name is no module, or there are no images.
+        PassRequirementError: a name is no module, or there are fewer than two images.
     """
     if ctx.data is None:
         raise PassRequirementError(
             "prune.drop_blocks: ranking blocks needs images, but the recipe has no `data`; add it or leave blocks alone"
+        )
+    if limit < 2:
+        raise PassRequirementError(
+            f"prune.importance_images: ranking blocks needs 2 images or more, not {limit}"
         )
     data = ctx.data
     ratios = tuple(ratios)
@@ -143,8 +134,8 @@ def ranked_blocks(
         keep=(*protect, *ratios),
         progress=lambda done, total: ctx.progress(done, total, "ranking blocks"),
     )
-    if found is None:
-        ctx.log.info("drop_blocks: the model has no residual block that may go")
+    if not found.blocks:
+        ctx.log.warning("drop_blocks: no block goes: %s", found.why)
     return found
 
 
@@ -155,10 +146,11 @@ def rank(
     *,
     keep: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda _, __: None,
-) -> Dropping | None:
-    """Rank the blocks of a model; ``None`` where it has none that may go.
+) -> Dropping:
+    """Rank the blocks of a model.
 
-    Blocks that are dropped one after the other lose more and more; ranking ends where the loss is that of a guess.
+    Blocks that are dropped one after the other lose more and more; ranking ends where the loss would rise above that of
+    a guess.
 
     Args:
         model: In evaluation mode, on the CPU; left as it is.
@@ -167,16 +159,24 @@ def rank(
         keep: Names of modules that no block may hold or lie in.
         progress: Called with the number of blocks tried and of all trials.
     """
+    device = next((example.device for example, _ in batches()), images.device)
+
+    def judge(pruned: nn.Module) -> float:
+        return _loss_as_met(pruned.to(device), batches())
+
+    free = droppable(model, images)
     candidates = [
-        name
-        for name in droppable(model, images)
-        if not any(is_inside(name, kept) or is_inside(kept, name) for kept in keep)
+        name for name in free if not any(is_inside(name, kept) or is_inside(kept, name) for kept in keep)
     ]
     if not candidates:
-        return None
+        why = (
+            "`protect` and `ratios` keep all its residual blocks"
+            if free
+            else "the model has no residual block that can be an identity"
+        )
+        return Dropping(blocks=(), judge=judge, why=why)
     with torch.no_grad():
         classes = model(images).shape[1]
-    device = next((example.device for example, _ in batches()), images.device)
     ranked = rank_and_drop(
         copy.deepcopy(model).to(device),
         candidates,
@@ -185,16 +185,18 @@ def rank(
         until=math.log(classes),
         progress=progress,
     )
-    found, before, most = [], 0.0, _LEAST_LOSS
+    found, before, most = [], 0.0, 0.0
     for missed in ranked:
         if missed.dropped:
             # The order is greedy, so a block may seem to lose less than one that went before it.
-            most = max(most, missed.loss_increase - before)
+            most = max(most * (1 + _APART), missed.loss_increase - before, _LEAST_LOSS)
             before = missed.loss_increase
-            found.append(Block(name=missed.name, layers=_layers_in(model, missed.name), loss=most))
-    if not found:
-        return None
-    return Dropping(blocks=tuple(found), judge=lambda pruned: _loss_as_met(pruned.to(device), batches()))
+            layers = _layers_in(model, missed.name)
+            found.append(Block(name=missed.name, layers=layers, rise=before, loss=most))
+    why = (
+        "" if found else f"without any of its {len(candidates)} blocks the model does no better than a guess"
+    )
+    return Dropping(blocks=tuple(found), judge=judge, why=why)
 
 
 def _layers_in(model: nn.Module, block: str) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +14,10 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.latency.layers import Layer
 from deploycnn.latency.model import LatencyTable
 from deploycnn.pruning.allocation import Ladder, pinned
-from deploycnn.pruning.dropping import NEARER, RATES, Block, Dropping
-from deploycnn.pruning.elimination import Problem
+from deploycnn.pruning.choices import Choice, Choices, best
+from deploycnn.pruning.dropping import Block, Dropping
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.latency_problem import cut, draw, layer_rows, posed_problem
-from deploycnn.pruning.solver import Solution, cheapest, solve
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -35,21 +34,15 @@ ENOUGH = 2
 
 @dataclass(slots=True, kw_only=True)
 class _Try:
-    """Widths and blocks, and what is known of their latency.
+    """A choice, and what was measured of it.
 
     Attributes:
-        steps: Of each ladder.
-        dropped: Blocks that are gone.
-        solution: Of the solver.
-        predicted: Share of the dense latency.
+        choice: Widths and blocks.
         races: With the dense model; none where only a table knows the target.
         graph: As it would be deployed, once it is raced.
     """
 
-    steps: list[int]
-    dropped: tuple[str, ...]
-    solution: Solution
-    predicted: float
+    choice: Choice
     races: list[Kept] = field(default_factory=list)
     graph: ModelProto | None = None
 
@@ -65,11 +58,13 @@ class _Try:
     def to_json(self) -> Json:
         """As plain values."""
         found: dict[str, Json] = {
-            "predicted_ratio": self.predicted,
-            "predicted_ms": self.solution.cost,
-            "loss": self.solution.loss,
-            "bound": self.solution.bound,
+            "predicted_ratio": self.choice.predicted,
+            "predicted_ms": self.choice.solution.cost,
+            "loss": self.choice.solution.loss,
+            "bound": self.choice.solution.bound,
         }
+        if self.choice.judged is not None:
+            found |= {"dropped_blocks": list(self.choice.dropped), "training_loss": self.choice.judged}
         if self.races:
             dense_ms = float(np.mean([race.dense_ms for race in self.races]))
             found |= {
@@ -104,6 +99,7 @@ class LatencyGoal:
     seed: int = 0
     tell: Callable[[float, float, str], None] = lambda _done, _total, _message: None
     record: dict[str, Json] = field(default_factory=dict)
+    _tables: list[Table] = field(default_factory=list)
 
     def step(self) -> int:
         """The hardware's step."""
@@ -132,13 +128,19 @@ class LatencyGoal:
         )
         dense_ms = posed_problem(model, self.layers, groups, found, table).cost([0] * len(found))
         found = pinned(found)
-        posed = posed_problem(model, self.layers, groups, found, table, self.blocks)
-        if self.dropping is not None:
-            posed = self._exchanged(model, groups, found, posed, dense_ms, self.dropping)
+        choices = Choices(
+            model=model,
+            groups=groups,
+            found=found,
+            posed=posed_problem(model, self.layers, groups, found, table, self.blocks),
+            dense_ms=dense_ms,
+            dropping=self.dropping,
+            tell=self.tell,
+        )
         tries: list[_Try] = []
         for race in range(RACES if self.bench is not None else 1):
             if not tries or tries[-1].off(self.ratio) > WITHIN:
-                self._next_try(tries, posed, dense_ms, found)
+                self._next_try(tries, choices)
                 if len(tries[-1].races) >= ENOUGH:
                     break  # the same again, and known to be off
             if self.bench is None:
@@ -146,124 +148,109 @@ class LatencyGoal:
             self.tell(race, RACES, "measuring the pruned model on the target")
             now = tries[-1]
             if now.graph is None:
-                now.graph = self.bench.export(cut(model, groups, found, now.steps, now.dropped))
+                now.graph = self.bench.export(cut(model, groups, found, now.choice.steps, now.choice.dropped))
             now.races.append(self.bench.ratio(now.graph, again=len(now.races)))
             if len(now.races) >= ENOUGH and now.off(self.ratio) <= WITHIN:
                 break
-        # What was raced once may be as near by chance.
-        best = min(tries, key=lambda item: item.off(self.ratio) + WITHIN / max(1, len(item.races)))
+        kept = self._kept(tries)
         self.record = {
             "asked_ratio": self.ratio,
-            "met": best.off(self.ratio) <= WITHIN if best.races else None,
-            "words": self._words(best, len(tries), table),
+            "met": not self._too_slow(kept) if kept.races else None,
+            "words": self._words(kept, len(tries), table),
             "runtime": table.runtime,
             "precision": table.precision,
             "batch_size": table.batch_size,
             "threads": table.threads,
             "step": table.step,
-            **best.to_json(),
+            **kept.to_json(),
             "tried": [item.to_json() for item in tries],
             "table": {
                 "error": asdict(table.error) if table.error else None,
                 "environment": table.environment,
             },
-            "layers": layer_rows(model, self.layers, groups, found, best.solution, table, self._gone(best)),
+            "layers": layer_rows(
+                model, self.layers, groups, found, kept.choice.solution, table, self._gone(kept.choice)
+            ),
         }
         if self.dropping is not None:
-            self.record |= {"dropped_blocks": list(best.dropped), "exchange": self.dropping.tried}
-        return best.steps, best.dropped
+            self.record |= {"dropped_blocks": list(kept.choice.dropped), "why_no_block": self.dropping.why}
+            self._tables = [self.dropping.table(kept.choice.dropped), choices.table(kept.choice)]
+        return list(kept.choice.steps), kept.choice.dropped
 
-    def _gone(self, now: _Try) -> frozenset[str]:
+    def _gone(self, choice: Choice) -> frozenset[str]:
         """Layers in blocks that are dropped."""
-        return frozenset[str]().union(*(block.layers for block in self.blocks if block.name in now.dropped))
+        return frozenset[str]().union(
+            *(block.layers for block in self.blocks if block.name in choice.dropped)
+        )
 
-    def _exchanged(
-        self,
-        model: nn.Module,
-        groups: Sequence[ChannelGroup],
-        found: Sequence[Ladder],
-        posed: Problem,
-        dense_ms: float,
-        dropping: Dropping,
-    ) -> Problem:
-        """``posed``, with channels at the rate of exchange for blocks at which the training loss comes out least."""
-        channels = posed.losses[: len(found)]
-        unit = dropping.rate(channels)
-        judged: dict[float, tuple[float, Problem]] = {}
-        known: dict[tuple[int, ...], float] = {}
+    def _too_slow(self, item: _Try) -> bool:
+        return bool(item.races) and item.ratio > self.ratio * (1 + WITHIN)
 
-        def attempt(rate: float) -> None:
-            self.tell(len(judged), len(RATES) + 2 * len(NEARER), "blocks against channels")
-            scaled = replace(posed, losses=(*(rate * loss for loss in channels), *posed.losses[len(found) :]))
-            levels = self._solve(scaled, dense_ms, 1.0).levels
-            if levels not in known:
-                steps, dropped = self._meant(found, levels)
-                known[levels] = dropping.judge(cut(model, groups, found, steps, dropped))
-                lost = sum(step * ladder.atoms.shape[1] for ladder, step in zip(found, steps, strict=True))
-                dropping.note(rate, len(dropped), lost, known[levels])
-            judged[rate] = (known[levels], scaled)
+    def _kept(self, tries: Sequence[_Try]) -> _Try:
+        """The last, where it is fast enough for good: what was nearer was too slow, or loses more. Else the nearest."""
+        last = tries[-1]
+        if not last.races or (len(last.races) >= ENOUGH and not self._too_slow(last)):
+            return last
+        # What was raced once may be as near by chance.
+        return min(tries, key=lambda item: item.off(self.ratio) + WITHIN / max(1, len(item.races)))
 
-        for rate in RATES:
-            attempt(unit * rate)
-        for factor in NEARER:
-            best = min(judged, key=lambda rate: judged[rate][0])
-            attempt(best * factor)
-            attempt(best / factor)
-        return min(judged.values(), key=lambda item: item[0])[1]
-
-    def _meant(self, found: Sequence[Ladder], levels: Sequence[int]) -> tuple[list[int], tuple[str, ...]]:
-        """Steps of ladders and names of blocks at the solver's levels."""
-        steps = [ladder.steps[level] for ladder, level in zip(found, levels, strict=False)]
-        return steps, self.dropping.names(levels) if self.dropping is not None else ()
-
-    def _words(self, best: _Try, rounds: int, table: LatencyTable) -> str:
+    def _words(self, kept: _Try, tries: int, table: LatencyTable) -> str:
         """The outcome in a sentence."""
-        where = f"in {table.runtime}, {table.precision}, batch {table.batch_size}, {table.threads} threads"
-        if not best.races:
+        threads = f"{table.threads} thread{'' if table.threads == 1 else 's'}"
+        where = f"in {table.runtime}, {table.precision}, batch {table.batch_size}, {threads}"
+        if not kept.races:
             return (
-                f"{best.predicted:.3f} of the dense latency predicted {where} ({self.ratio:g} asked for); not "
+                f"{kept.choice.predicted:.3f} of the dense latency predicted {where} ({self.ratio:g} asked for); not "
                 "measured: the table is of another machine"
             )
-        told = f"{best.ratio:.3f} of the dense latency measured {where} ({self.ratio:g} asked for)"
-        earlier = best.to_json()["earlier"]
+        told = f"{kept.ratio:.3f} of the dense latency measured {where} ({self.ratio:g} asked for)"
+        earlier = kept.to_json()["earlier"]
         if earlier:
             told += f"; raced on {earlier}, and kept on this machine"
-        if best.off(self.ratio) <= WITHIN:
+        if kept.off(self.ratio) <= WITHIN:
             return told
-        return f"{told}: off by more than {WITHIN:.0%}, the nearest of {rounds} choices of widths"
+        if not self._too_slow(kept):
+            return f"{told}: faster than asked for, as nothing that is fast enough loses less"
+        choices = "the only choice" if tries == 1 else f"the nearest of {tries} choices"
+        return f"{told}: slower by more than {WITHIN:.0%}, {choices}"
 
-    def _next_try(self, tries: list[_Try], posed: Problem, dense_ms: float, found: Sequence[Ladder]) -> None:
-        """Choose by a prediction corrected by all races so far; a choice that comes again moves to the end."""
-        errors = [np.log(race.measured_ratio / item.predicted) for item in tries for race in item.races]
-        solution = self._solve(posed, dense_ms, float(np.exp(np.mean(errors))) if errors else 1.0)
-        steps, dropped = self._meant(found, solution.levels)
-        same = [item for item in tries if (item.steps, item.dropped) == (steps, dropped)]
+    def _next_try(self, tries: list[_Try], choices: Choices) -> None:
+        """Choose by a prediction corrected by all races so far; a choice that comes again moves to the end.
+
+        What was measured to be too slow is chosen again only if nothing else is offered.
+        """
+        errors = [
+            np.log(race.measured_ratio / item.choice.predicted) for item in tries for race in item.races
+        ]
+        scale = float(np.exp(np.mean(errors))) if errors else 1.0
+        offers = choices.within(self.ratio / scale)
+        if offers is None:
+            raise PassRequirementError(self._out_of_reach(choices, scale))
+        slow = {item.choice.solution.levels for item in tries if self._too_slow(item)}
+        choice = best([offer for offer in offers if offer.solution.levels not in slow] or offers)
+        same = [item for item in tries if item.choice.solution.levels == choice.solution.levels]
         if same:
             tries.remove(same[0])
         for item in tries:
             item.graph = None  # it may be large
-        new = _Try(steps=steps, dropped=dropped, solution=solution, predicted=solution.cost / dense_ms)
-        tries.append(same[0] if same else new)
+        tries.append(same[0] if same else _Try(choice=choice))
 
-    def _solve(self, posed: Problem, dense_ms: float, scale: float) -> Solution:
-        solution = solve(posed, self.ratio * dense_ms / scale)
-        if solution is None:
-            least = posed.cost(cheapest(posed)) * scale / dense_ms
-            fixed = max(0.0, posed.fixed) * scale / dense_ms
-            mend = "raise it or max_ratio, or lower round_to"
-            if self.dropping is None:
-                mend += ", or let blocks go as well (drop_blocks: true)"
-            raise PassRequirementError(
-                f"prune.latency_ratio: {self.ratio:g} is out of reach, the fastest reachable is {least:.3f} of the "
-                f"dense latency ({fixed:.3f} of it is spent where no width changes); {mend}"
-            )
-        return solution
+    def _out_of_reach(self, choices: Choices, scale: float) -> str:
+        mend = "raise it or max_ratio, or lower round_to"
+        if self.dropping is None:
+            mend += ", or let blocks go as well (drop_blocks: true)"
+        elif self.dropping.why:
+            mend += f"; no block can go, as {self.dropping.why}"
+        return (
+            f"prune.latency_ratio: {self.ratio:g} is out of reach, the fastest reachable is "
+            f"{choices.least() * scale:.3f} of the dense latency ({choices.fixed() * scale:.3f} of it is spent where "
+            f"no width changes); {mend}"
+        )
 
     def tables(self) -> list[Json]:
         """For the report."""
-        blocks = self.dropping.tables(self.record["dropped_blocks"]) if self.dropping is not None else []
         return [
-            *(table.to_json() for table in blocks),
+            *(table.to_json() for table in self._tables if table.rows),
             Table(
                 title="Widths and predicted latency of each layer",
                 columns=(

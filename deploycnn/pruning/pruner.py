@@ -104,7 +104,8 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
         ratios=ratios_of(structure.groups, goal.ratios),
     )
     protected = (*structure.protected, *_left_alone(structure.groups, scores, found, goal))
-    if not any(len(ladder.steps) > 1 for ladder in found):
+    blocks = goal.latency.blocks if goal.latency is not None else ()
+    if not blocks and not any(len(ladder.steps) > 1 for ladder in found):
         raise PassRequirementError(f"prune: no layer can be pruned: {_summary(protected)}")
     losses, dropped = _losses(model, images, structure, found, goal, macs)
     cuts = removals(losses)
@@ -122,8 +123,7 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
         "macs_ratio": after / macs,
         "params_before": params,
         "params_after": count_params(model),
-        "pruning_ratio": sum(len(channels) for _, channels in losses)
-        / sum(g.width for g in structure.groups),
+        "pruning_ratio": _share_removed(structure.groups, losses, dropped),
         "widths": changed_widths(old_widths, model),
         "protected": [
             {"layers": list(kept.layers), "channels": kept.channels, "reason": kept.reason}
@@ -219,6 +219,20 @@ def _losses(
             "prune: the goal is so near to the dense model that no channel needs to go; lower it or leave prune out"
         )
     return losses, dropped
+
+
+def _share_removed(
+    groups: Sequence[ChannelGroup], losses: Sequence[tuple[ChannelGroup, IntArray]], dropped: Sequence[str]
+) -> float:
+    """Of the prunable channels; those that only dropped blocks make are gone as well."""
+    total = sum(group.width for group in groups)
+    lost = {group.name: len(channels) for group, channels in losses}
+    lost |= {
+        group.name: group.width
+        for group in groups
+        if dropped and all(any(is_inside(layer, block) for block in dropped) for layer in group.producers)
+    }
+    return sum(lost.values()) / total if total else 0.0
 
 
 def _steps_for_macs(

@@ -55,6 +55,29 @@ def test_only_what_passes_its_input_on_can_go() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_block_that_is_told_more_than_its_input_stays() -> None:
+    """An identity in its place would not take the keyword."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+            self.named, self.plain = Block(), Block()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.plain(self.named(self.stem(images), scale=0.5)).mean((2, 3)))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return x + scale * self.conv(x)
+
+    assert droppable(Scaled().eval(), nets.images()) == ("plain",)
+
+
 def test_of_a_cifar_resnet_all_but_the_narrowing_blocks_can_go() -> None:
     found = droppable(CifarResNet(20), nets.images(32))
     assert found == (
