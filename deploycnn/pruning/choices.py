@@ -21,6 +21,8 @@ RATES = tuple(2.0**power for power in range(-6, 7))
 NEARER = (2**0.5, 2**0.25)
 #: Training losses that differ by less than this share are equal: the judge sees a few hundred images.
 EQUAL = 0.05
+#: Predicted latencies likewise: what is measured counts as what was asked for within this share.
+AS_LARGE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,10 +152,12 @@ class Choices:
 
 
 def best(offers: Sequence[Choice]) -> Choice:
-    """The one of least training loss; of those that are equal to it as far as can be told, the largest model."""
+    """The one of least training loss; where some are equal to it as far as can be told, the best of the largest."""
     if len(offers) == 1:
         return offers[0]
     losses = [choice.judged for choice in offers if choice.judged is not None]
     limit = min(losses) * (1 + EQUAL)
-    equal = [choice for choice, loss in zip(offers, losses, strict=True) if loss <= limit]
-    return max(equal, key=lambda choice: (choice.predicted, -(choice.judged or 0.0)))
+    equal = [(loss, choice) for loss, choice in zip(losses, offers, strict=True) if loss <= limit]
+    largest = max(choice.predicted for _, choice in equal)
+    large = [pair for pair in equal if pair[1].predicted >= largest * (1 - AS_LARGE)]
+    return min(large, key=lambda pair: pair[0])[1]

@@ -328,7 +328,7 @@ def offer(loss: float, predicted: float) -> Choice:
 
 
 def test_of_choices_that_the_judge_cannot_tell_apart_the_largest_is_kept() -> None:
-    offers = [offer(1.0, 0.40), offer(1.03, 0.49), offer(1.04, 0.45), offer(1.2, 0.50)]
+    offers = [offer(1.0, 0.40), offer(1.03, 0.485), offer(1.04, 0.486), offer(1.04, 0.45), offer(1.2, 0.50)]
     assert best(offers) is offers[1]
     assert best(offers[:1]) is offers[0]
 
