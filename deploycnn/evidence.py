@@ -66,13 +66,28 @@ def _winner(figures: Figures, variants: Sequence[Mapping[str, Any]]) -> tuple[di
     ]
     faster = [variant for variant in kept if variant["speedup"][primary]["verdict"] == "faster"]
     if not faster:
-        return None, "no variant within the budget was measured faster than the baseline"
+        return None, _why_none(measured, primary, budget.max_top1_drop)
     best = min(faster, key=lambda variant: variant["latency_ms"][primary]["median"])
     why = (
         f"fastest of {len(kept)} variants whose top-1 drops by at most {budget.max_top1_drop:g} on val "
         f"({best['val_top1_drop']:+.4f})"
     )
     return {"variant": best["name"], "runtime": best["runtime"], "why": why}, ""
+
+
+def _why_none(measured: Sequence[Mapping[str, Any]], primary: str, most: float) -> str:
+    """That nothing fast kept the budget, and by how much the nearest missed it."""
+    why = f"of what drops by at most {most:g} top-1 on val, which decides, nothing was measured faster than baseline"
+    faster = [
+        variant
+        for variant in measured
+        if variant["val_top1_drop"] is not None
+        and variant["speedup"].get(primary, {}).get("verdict") == "faster"
+    ]
+    if not faster:
+        return why
+    nearest = min(faster, key=lambda variant: variant["val_top1_drop"])
+    return f"{why}; {nearest['name']} was, and drops by {nearest['val_top1_drop']:.4f} there"
 
 
 def _data(figures: Figures) -> dict[str, Any] | None:

@@ -128,6 +128,17 @@ def test_the_budget_is_proven_only_by_the_whole_interval(wrong_on_test: int, exp
     assert found["variants"][1]["within_budget"] == expected
 
 
+def test_where_val_rules_out_what_is_faster_its_drop_is_told() -> None:
+    found = report(
+        {("fp32", ORT): 10, ("a", ORT): 5, ("b", ORT): 4, ("slow", ORT): 10},
+        {"fp32": (50, 50), "a": (80, 50), "b": (90, 50), "slow": (50, 50)},
+    )
+    assert found["winner"] is None
+    drop = found["variants"][1]["val_top1_drop"]
+    assert drop > found["budget"]["max_top1_drop"]
+    assert found["why_no_winner"].endswith(f"; a was, and drops by {drop:.4f} there")
+
+
 def test_without_budget_or_accuracy_there_is_no_winner_and_it_says_why() -> None:
     latencies = {("fp32", ORT): 10.0, ("a", ORT): 5.0}
     assert report(latencies, {"fp32": (5, 5), "a": (5, 5)}, budget=None)["winner"] is None
