@@ -21,8 +21,8 @@ RATES = tuple(2.0**power for power in range(-6, 7))
 NEARER = (2**0.5, 2**0.25)
 #: Training losses that differ by less than this share are equal: the judge sees a few hundred images.
 EQUAL = 0.05
-#: Predicted latencies likewise: what is measured counts as what was asked for within this share.
-AS_LARGE = 0.02
+#: Latencies that differ by no more than this share are equal: predicted ones, and a measured one and the goal.
+WITHIN = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +75,17 @@ class Choices:
         Blocks and channels are ranked in different units, and what channels are worth in the rise of the loss is not
         known before they are cut. So there is a choice for each of several rates of exchange, and each is judged.
         """
-        if self.dropping is None or not self.dropping.blocks:
+        dropping = self.dropping
+        if dropping is None or not dropping.blocks:
             solution = solve(self.posed, ratio * self.dense_ms)
             return None if solution is None else [self._meant(solution)]
-        unit = self.dropping.rate(self.posed.losses[: len(self.found)])
+        unit = dropping.rate(self.posed.losses[: len(self.found)])
         offered: dict[float, Choice] = {}
 
         def attempt(rate: float) -> bool:
             solution = solve(self._at(rate), ratio * self.dense_ms)
             if solution is not None:
-                offered[rate] = self._judge(solution)
+                offered[rate] = self._judge(solution, dropping)
                 self.tell(len(offered), len(RATES) + 2 * len(NEARER), "blocks against channels")
             return solution is not None
 
@@ -92,9 +93,9 @@ class Choices:
             if not attempt(unit * rate):
                 return None  # what can be reached does not depend on what it is worth
         for factor in NEARER:
-            best = min(offered, key=lambda rate: offered[rate].judged or 0.0)
-            attempt(best * factor)
-            attempt(best / factor)
+            middle = min(offered, key=lambda rate: offered[rate].judged or 0.0)
+            attempt(middle * factor)
+            attempt(middle / factor)
         return list({choice.solution.levels: choice for choice in offered.values()}.values())
 
     def least(self) -> float:
@@ -123,14 +124,12 @@ class Choices:
             ),
         )
 
-    def _judge(self, solution: Solution) -> Choice:
+    def _judge(self, solution: Solution, dropping: Dropping) -> Choice:
         known = self._judged.get(solution.levels)
         if known is None:
-            if self.dropping is None:
-                raise TypeError("judges blocks")
             choice = self._meant(solution)
             pruned = cut(self.model, self.groups, self.found, choice.steps, choice.dropped)
-            known = self._judged[solution.levels] = replace(choice, judged=self.dropping.judge(pruned))
+            known = self._judged[solution.levels] = replace(choice, judged=dropping.judge(pruned))
         return known
 
     def table(self, kept: Choice) -> Table:
@@ -159,5 +158,5 @@ def best(offers: Sequence[Choice]) -> Choice:
     limit = min(losses) * (1 + EQUAL)
     equal = [(loss, choice) for loss, choice in zip(losses, offers, strict=True) if loss <= limit]
     largest = max(choice.predicted for _, choice in equal)
-    large = [pair for pair in equal if pair[1].predicted >= largest * (1 - AS_LARGE)]
+    large = [pair for pair in equal if pair[1].predicted >= largest * (1 - WITHIN)]
     return min(large, key=lambda pair: pair[0])[1]

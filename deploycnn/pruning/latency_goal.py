@@ -14,7 +14,7 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.latency.layers import Layer
 from deploycnn.latency.model import LatencyTable
 from deploycnn.pruning.allocation import Ladder, pinned
-from deploycnn.pruning.choices import Choice, Choices, best
+from deploycnn.pruning.choices import WITHIN, Choice, Choices, best
 from deploycnn.pruning.dropping import Block, Dropping
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.latency_problem import cut, draw, layer_rows, posed_problem
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from deploycnn.latency.measure import Bench, Kept
 
-#: The goal counts as met when the measured share differs by no more than this share of it.
-WITHIN = 0.02
 #: Races of what was chosen, after which the model is corrected or believed.
 RACES = 8
 #: Races of one choice before it is believed: the nearest of several single races is near by chance as well.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deploycnn.core import Context, Speed
+from deploycnn.core import Context, Json, Speed
 from deploycnn.errors import PassRequirementError, RecipeError
 from deploycnn.latency.goal import latency_goal
 from deploycnn.models import delta
@@ -25,6 +25,7 @@ from deploycnn.pruning.blocks import droppable
 from deploycnn.pruning.budget import problem
 from deploycnn.pruning.choices import Choice, best
 from deploycnn.pruning.dropping import Block, Dropping, rank, ranked_blocks
+from deploycnn.pruning.latency_goal import LatencyGoal
 from deploycnn.pruning.layers import MIXING, width
 from deploycnn.pruning.pruner import Goal, prune
 from deploycnn.pruning.solver import Solution, integer_optimum, solve
@@ -187,6 +188,29 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploycnn.latency.measure.CONFIGS", 12)
 
 
+def goal_of(
+    model: nn.Module, ratio: float, dropping: Dropping, folder: Path, stopwatch: Exact | None = None
+) -> LatencyGoal:
+    return latency_goal(
+        model,
+        torch.randn(2, 3, 32, 32),
+        ratio=ratio,
+        precision="fp32",
+        table=None,
+        ctx=Context(output=folder, scratch=folder, stopwatch=stopwatch or Exact()),
+        dropping=dropping,
+    )
+
+
+def pruned(model: nn.Module, goal: LatencyGoal, round_to: int) -> Json:
+    return prune(
+        model,
+        torch.randn(2, 3, 32, 32),
+        lambda model, groups: importance.magnitude(model, groups, power=2),
+        Goal(latency=goal, round_to=round_to),
+    )
+
+
 @pytest.mark.usefixtures("_cache")
 def test_a_goal_is_reached_with_the_choice_that_the_judge_likes_best(tmp_path: Path) -> None:
     model = some_net()
@@ -194,28 +218,14 @@ def test_a_goal_is_reached_with_the_choice_that_the_judge_likes_best(tmp_path: P
     blocks = tuple(as_block(model, name, 0.1) for name in droppable(model, images))
     judged: list[int] = []
 
-    def judge(pruned: nn.Module) -> float:
-        gone = sum(isinstance(module, delta.Dropped) for module in pruned.modules())
+    def judge(net: nn.Module) -> float:
+        gone = sum(isinstance(module, delta.Dropped) for module in net.modules())
         judged.append(gone)
         return abs(gone - 2.0)
 
-    ctx = Context(output=tmp_path, scratch=tmp_path, stopwatch=Exact())
-    goal = latency_goal(
-        model,
-        images,
-        ratio=0.5,
-        precision="fp32",
-        table=None,
-        ctx=ctx,
-        dropping=Dropping(blocks=blocks, judge=judge),
-    )
+    goal = goal_of(model, 0.5, Dropping(blocks=blocks, judge=judge), tmp_path)
     dense = copy.deepcopy(model)
-    record = prune(
-        model,
-        images,
-        lambda model, groups: importance.magnitude(model, groups, power=2),
-        Goal(latency=goal, round_to=4),
-    )["latency"]
+    record = pruned(model, goal, 4)["latency"]
     assert 0 in judged or 1 in judged
     assert max(judged) > 2
     assert len(record["dropped_blocks"]) == 2
@@ -264,24 +274,11 @@ def test_what_was_measured_to_be_too_slow_gives_way_to_another_choice(tmp_path: 
     model, images = some_net(), torch.randn(2, 3, 32, 32)
     blocks = tuple(as_block(model, name, 0.1) for name in droppable(model, images))
 
-    def judge(pruned: nn.Module) -> float:
-        return 1 + abs(sum(isinstance(module, delta.Dropped) for module in pruned.modules()) - 2.0)
+    def judge(net: nn.Module) -> float:
+        return 1 + abs(sum(isinstance(module, delta.Dropped) for module in net.modules()) - 2.0)
 
-    goal = latency_goal(
-        model,
-        images,
-        ratio=0.7,
-        precision="fp32",
-        table=None,
-        ctx=Context(output=tmp_path, scratch=tmp_path, stopwatch=Slow()),
-        dropping=Dropping(blocks=blocks, judge=judge),
-    )
-    record = prune(
-        model,
-        images,
-        lambda model, groups: importance.magnitude(model, groups, power=2),
-        Goal(latency=goal, round_to=64),
-    )["latency"]
+    goal = goal_of(model, 0.7, Dropping(blocks=blocks, judge=judge), tmp_path, Slow())
+    record = pruned(model, goal, 64)["latency"]
     assert len(record["tried"][0]["dropped_blocks"]) == 2
     assert record["met"]
     assert record["measured_ratio"] <= 0.7
@@ -293,22 +290,8 @@ def test_blocks_can_reach_a_goal_where_no_width_can_change(tmp_path: Path) -> No
     """Of 16 to 64 channels none is left at multiples of 64."""
     model, images = some_net(), torch.randn(2, 3, 32, 32)
     blocks = tuple(as_block(model, name, 0.1) for name in droppable(model, images))
-    ctx = Context(output=tmp_path, scratch=tmp_path, stopwatch=Exact())
-    goal = latency_goal(
-        model,
-        images,
-        ratio=0.8,
-        precision="fp32",
-        table=None,
-        ctx=ctx,
-        dropping=Dropping(blocks=blocks, judge=lambda _: 1.0),
-    )
-    record = prune(
-        model,
-        images,
-        lambda model, groups: importance.magnitude(model, groups, power=2),
-        Goal(latency=goal, round_to=64),
-    )
+    goal = goal_of(model, 0.8, Dropping(blocks=blocks, judge=lambda _: 1.0), tmp_path)
+    record = pruned(model, goal, 64)
     assert record["latency"]["met"]
     assert record["latency"]["measured_ratio"] <= 0.8
     assert record["latency"]["dropped_blocks"]
@@ -353,24 +336,11 @@ def test_where_every_block_is_needed_the_reason_is_told(tmp_path: Path) -> None:
     found = rank(model, nets.images(32), lambda: seen)
     assert found.blocks == ()
     assert found.why == "without any of its 4 blocks the model does no better than a guess"
-    goal = latency_goal(
-        model,
-        torch.randn(2, 3, 32, 32),
-        ratio=0.01,
-        precision="fp32",
-        table=None,
-        ctx=Context(output=tmp_path, scratch=tmp_path, stopwatch=Exact()),
-        dropping=found,
-    )
+    goal = goal_of(model, 0.01, found, tmp_path)
     with pytest.raises(
         PassRequirementError, match="no block can go, as without any of its 4 blocks"
     ) as error:
-        prune(
-            model,
-            torch.randn(2, 3, 32, 32),
-            lambda model, groups: importance.magnitude(model, groups, power=2),
-            Goal(latency=goal, round_to=8),
-        )
+        pruned(model, goal, 8)
     assert "drop_blocks: true" not in str(error.value)
 
 
