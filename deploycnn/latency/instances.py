@@ -13,11 +13,14 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from deploycnn.errors import PassRequirementError
 from deploycnn.graph.model import attribute
 from deploycnn.pruning.surgery import Removals
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+class FixedWidthsError(Exception):
+    """The graph of a model fits its own widths alone; a module may fit others all the same."""
 
 
 @dataclass(slots=True)
@@ -93,7 +96,7 @@ def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, str],
         widths: Channels of each side that loses some, before.
 
     Raises:
-        PassRequirementError: a layer that is to be narrowed is not found in the graph.
+        FixedWidthsError: a layer that is to be narrowed is not found in the graph, or shapes no longer fit together.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -107,13 +110,17 @@ def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, str],
         if not any(_narrow(graph, node, side, keep, removed) for node in nodes) and any(
             node.op_type in _COMPUTE for node in nodes
         ):
-            raise PassRequirementError(f'latency: the exported graph has no weights of "{layer}" to narrow')
+            raise FixedWidthsError(f'no weights of "{layer}"')
     _free_shapes(graph)
     used = {name for node in copy.graph.node for name in node.input}
     kept = [tensor for tensor in copy.graph.initializer if tensor.name in used]
     del copy.graph.initializer[:]
     copy.graph.initializer.extend(kept)
     del copy.graph.value_info[:]
+    try:
+        onnx.shape_inference.infer_shapes(copy, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise FixedWidthsError(str(error)) from error
     return copy
 
 
@@ -181,17 +188,3 @@ def _free_shapes(graph: _Graph) -> None:
             shape = graph.value(node, 1)
             if shape.size == 2:
                 graph._replace(node, 1, np.array([0, -1], dtype=np.int64))
-
-
-def check(model: ModelProto) -> None:
-    """Shapes must fit together.
-
-    Raises:
-        PassRequirementError: they do not: something between the layers names a width.
-    """
-    try:
-        onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise PassRequirementError(
-            f"latency: the model cannot be timed at other widths, its graph names them: {str(error)[:160]}"
-        ) from error

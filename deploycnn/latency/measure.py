@@ -18,12 +18,12 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import save_onnx
 from deploycnn.latency import steps
-from deploycnn.latency.instances import check, narrowed
+from deploycnn.latency.instances import FixedWidthsError, narrowed
 from deploycnn.latency.layers import Layer, layer_sums, layers_of, with_tails
 from deploycnn.latency.model import SCHEMA, LatencyTable, Sample, table_of
 from deploycnn.latency.quantized import quantized
 from deploycnn.pruning.layers import is_depthwise, width
-from deploycnn.pruning.surgery import Removals
+from deploycnn.pruning.surgery import Removals, remove, sharing
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -107,15 +107,16 @@ class Bench:
         return self._dense
 
     def at(self, cuts: Removals) -> ModelProto:
-        """The dense model's graph without some channels.
-
-        Raises:
-            PassRequirementError: its graph names widths between the layers.
-        """
+        """The model's graph without some channels; weights need not be those that are left."""
         widths = {place: width(self.model.get_submodule(place[0]), place[1]) for place in cuts}
-        graph = narrowed(self.dense(), cuts, widths)  # type: ignore[arg-type] # a side is a string
-        check(graph)
-        return graph
+        try:
+            return narrowed(self.dense(), cuts, widths)  # type: ignore[arg-type] # a side is a string
+        except FixedWidthsError:
+            # A reshape to sizes that the module computes, for one: the graph has them as constants. Surgery proved
+            # that the module fits, so it is exported anew, which takes longer.
+            pruned = sharing(self.model)
+            remove(pruned, cuts)
+            return self.export(pruned)
 
     def layers(self) -> list[Layer]:
         """The model's layers; those that share a kind share a table.

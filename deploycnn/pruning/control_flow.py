@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.pruning.tracing import forward
@@ -17,16 +19,31 @@ from deploycnn.pruning.tracing import forward
 #: Operators that turn tensors into Python values or shapes.
 _PEEKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)  # noqa: SLF001 - its only name
 
+#: Operators that take the shape and type of a tensor, but not its values.
+_OF_SHAPE = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    )
+)
+
 
 class _NoPeeking(TorchDispatchMode):
-    """Refuses to turn tensors into Python values, which is what control flow that depends on data does."""
+    """Refuses to turn what was computed from images into Python values, which control flow that depends on them does.
 
-    def __init__(self, where: str) -> None:
+    Values of constants and weights are the same in every run: a model may look at them.
+    """
+
+    def __init__(self, images: Tensor, where: str) -> None:
         super().__init__()
         self.where = where
+        self.computed = WeakTensorKeyDictionary({images: True})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PEEKS:
+        kwargs = kwargs or {}
+        from_images = any(value in self.computed for value in _tensors((args, kwargs)))
+        if from_images and func in _PEEKS:
             frames = [frame for frame in traceback.extract_stack() if _is_models(frame.filename)]
             place = frames[-1] if frames else None
             seen = (
@@ -36,7 +53,15 @@ class _NoPeeking(TorchDispatchMode):
                 f"{self.where}: which way the model takes depends on the values in the images{seen}, so no single run "
                 "shows which channels depend on one another; write it without this choice (torch.where)"
             )
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **kwargs)
+        if from_images and func.name().partition(".")[0] not in _OF_SHAPE:
+            for value in _tensors(found):
+                self.computed[value] = True
+        return found
+
+
+def _tensors(values: object) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _is_models(filename: str) -> bool:
@@ -51,5 +76,6 @@ def check_control_flow(model: nn.Module, images: Tensor, where: str) -> None:
         PassRequirementError: it does; names the line, and ``where`` the pass or option that asks.
     """
     weight = next(model.parameters(), images)
-    with torch.no_grad(), _NoPeeking(where):
-        forward(model, images.to(weight.dtype))
+    images = images.to(weight.dtype)
+    with torch.no_grad(), _NoPeeking(images, where):
+        forward(model, images)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 RACES = 8
 #: Races of one choice before it is believed: the nearest of several single races is near by chance as well.
 ENOUGH = 2
+#: A single race may be this far from the next one. What is no farther off is raced again, not corrected: a correction
+#: by noise leads away from the goal, and each one takes a choice and its races.
+NOISE = 0.06
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,6 +55,10 @@ class _Try:
     def off(self, asked: float) -> float:
         """By how much what was measured differs from what was asked for, as a share of that; 0 where not measured."""
         return abs(self.ratio / asked - 1) if self.races else 0.0
+
+    def wrong(self, asked: float) -> bool:
+        """It was measured to miss what was asked for, as far as its races can tell."""
+        return self.off(asked) > (WITHIN if len(self.races) >= ENOUGH else NOISE)
 
     def to_json(self) -> Json:
         """As plain values."""
@@ -137,7 +144,7 @@ class LatencyGoal:
         )
         tries: list[_Try] = []
         for race in range(RACES if self.bench is not None else 1):
-            if not tries or tries[-1].off(self.ratio) > WITHIN:
+            if not tries or tries[-1].wrong(self.ratio):
                 self._next_try(tries, choices)
                 if len(tries[-1].races) >= ENOUGH:
                     break  # the same again, and known to be off

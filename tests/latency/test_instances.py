@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from deploycnn.graph.export import export_onnx
-from deploycnn.latency.instances import check, narrowed
+from deploycnn.latency.instances import FixedWidthsError, narrowed
+from deploycnn.latency.measure import Bench
 from deploycnn.latency.quantized import quantized
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.models.small_mobilenet import SmallMobileNetV2
@@ -41,7 +42,6 @@ def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_
     dense = export_onnx(model, (3, 32, 32), opset=18)
     before = dense.SerializeToString()
     graph = narrowed(dense, cuts, widths)
-    check(graph)
     integers = narrowed(quantized(dense, (3, 32, 32), "onnxruntime-cpu", 1), cuts, widths)
     remove(model, cuts)
     expected = model(images).detach().numpy()
@@ -49,6 +49,51 @@ def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_
     assert dense.SerializeToString() == before
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
     assert _run(integers, images).shape == expected.shape
+
+
+class Viewed(nn.Module):
+    """Averages over the image by a reshape that names the channels once it is exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 16, 3)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(images).relu()).relu()
+        return self.head(x.view(x.size(0), x.size(1), -1).mean(2))
+
+
+class Unused:
+    """No stopwatch: nothing is timed."""
+
+    runtime = "onnxruntime:cpu"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_graph_that_names_widths_is_exported_anew(precision: str) -> None:
+    torch.manual_seed(0)
+    model, images = Viewed().eval(), torch.randn(2, 3, 32, 32)
+    bench = Bench(
+        model=model,
+        images=images,
+        stopwatch=Unused(),
+        precision=precision,
+        batch_size=1,
+        threads=1,
+        target="onnxruntime-cpu",
+    )
+    removed = np.array([1, 5, 6])
+    cuts = {("second", "out"): removed, ("head", "in"): removed}
+    with pytest.raises(FixedWidthsError):
+        narrowed(bench.dense(), cuts, dict.fromkeys(cuts, 16))
+    actual = _run(bench.at(cuts), images)
+    assert model.second.out_channels == 16
+    remove(model, cuts)
+    expected = model(images).detach().numpy()
+    tolerance = 1e-5 if precision == "fp32" else 0.1
+    assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
 
 
 def _run(graph: object, images: torch.Tensor) -> np.ndarray:

@@ -122,6 +122,30 @@ def test_choices_by_shape_are_no_choices_by_data() -> None:
     assert analyse(ByShape(8), nets.images(32)).groups
 
 
+def test_choices_by_constants_and_weights_are_no_choices_by_data() -> None:
+    class ByConstant(CifarResNet):
+        def __init__(self, depth: int) -> None:
+            super().__init__(depth)
+            self.register_buffer("gain", torch.tensor(2.0))
+
+        def forward(self, images: Tensor) -> Tensor:
+            spread = self.state_dict()["gain"] + images.new_zeros(())
+            return super().forward(images * spread.item() if self.gain > 1 else images)
+
+    assert analyse(ByConstant(8), nets.images(32)).groups
+
+
+def test_a_choice_by_what_was_written_in_place_is_one_by_data() -> None:
+    class Writes(CifarResNet):
+        def forward(self, images: Tensor) -> Tensor:
+            total = torch.zeros((), dtype=images.dtype)
+            total += images.sum()
+            return super().forward(images if total > 0 else -images)
+
+    with pytest.raises(PassRequirementError, match="depends on the values in the images"):
+        analyse(Writes(8), nets.images(32))
+
+
 RECIPE = {"name": "bad", "preprocessing": {"size": 16}, "data": "digits", "profile": {"budget_s": 0.1}}
 
 

@@ -119,6 +119,28 @@ def test_one_lucky_race_is_not_believed(tmp_path: Path) -> None:
     assert first[1] > 0.55
 
 
+class Noisy(Exact):
+    """Of which every other race with a pruned model is 5% above, and the next 5% below."""
+
+    def race(
+        self, models: Mapping[str, Path], *, batch_size: int, threads: int, budget_s: float
+    ) -> dict[str, Speed]:
+        found = super().race(models, batch_size=batch_size, threads=threads, budget_s=budget_s)
+        if "pruned" in models:
+            self.sign = -getattr(self, "sign", -1)
+            ratio = found["pruned"].ratio / (1 + 0.05 * self.sign)
+            found["pruned"] = Speed(median_ms=1 / ratio, ratio=ratio, low=ratio, high=ratio)
+        return found
+
+
+def test_noise_is_raced_again_and_not_corrected(tmp_path: Path) -> None:
+    record = pruned(goal(0.5, Noisy(), tmp_path))["latency"]
+    assert isinstance(record, dict)
+    assert len(record["tried"]) == 1
+    assert len(record["races"]) == 2
+    assert record["measured_ratio"] == pytest.approx(0.5, rel=0.02)
+
+
 def test_tables_of_other_widths_are_other_tables(tmp_path: Path) -> None:
     for step in (2, 8):
         found = goal(0.5, Exact(), tmp_path)
