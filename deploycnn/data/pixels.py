@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from typing import Any
@@ -18,7 +19,23 @@ Pixels = npt.NDArray[np.uint8]
 #: What all kept pixels of the process may take together, unless said otherwise.
 CACHE_BYTES = 1 << 30
 
-_kept: weakref.WeakKeyDictionary[Split, dict[tuple[Any, ...], PixelReader]] = weakref.WeakKeyDictionary()
+
+class _Store:
+    """Room for all resized images of a split.
+
+    Attributes:
+        pixels: Shape (N, H, W, C).
+        valid: Which of them were read, shape (N,).
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        # Pages of the empty array are given by the system when they are first written.
+        self.pixels: Pixels = np.empty(shape, np.uint8)
+        self.valid = np.zeros(shape[0], np.bool_)
+
+
+#: Stores know nothing of their split, so that it is free to go; then its stores go too.
+_kept: weakref.WeakKeyDictionary[Split, dict[tuple[Any, ...], _Store]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -30,15 +47,12 @@ class PixelReader:
         kept: All images, shape (N, H, W, C), each valid once it was read; ``None`` where they do not fit.
     """
 
-    def __init__(self, split: Split, preprocessing: Preprocessing, *, keep: bool) -> None:
-        """Read ``split``; with ``keep``, every image just once."""
+    def __init__(self, split: Split, preprocessing: Preprocessing, store: _Store | None = None) -> None:
+        """Read ``split``; with a store of its images, every one just once."""
         self.shape = (*preprocessing.size, preprocessing.channel_count)
-        # A weak reference: the reader is kept as a value under its split, which must stay free to go.
-        self._split = weakref.ref(split) if keep else (lambda: split)
-        self._preprocessing = preprocessing
-        # Pages of the empty array are given by the system when they are first written.
-        self.kept: Pixels | None = np.empty((len(split), *self.shape), np.uint8) if keep else None
-        self._valid = np.zeros(len(split) if keep else 0, np.bool_)
+        self.kept = store.pixels if store is not None else None
+        self._split, self._preprocessing = split, preprocessing
+        self._valid = store.valid if store is not None else np.zeros(0, np.bool_)
 
     def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
         """The images at ``indices``, shape (N, H, W, C).
@@ -58,10 +72,7 @@ class PixelReader:
         return self.kept[indices]
 
     def _decode(self, index: int) -> Pixels:
-        split = self._split()
-        if split is None:
-            raise ReferenceError("the split was discarded while it was read")
-        return self._preprocessing.resize_image(split.decode(index))
+        return self._preprocessing.resize_image(self._split.decode(index))
 
 
 class _ArrayReader(PixelReader):
@@ -86,21 +97,16 @@ def reader(split: Split, preprocessing: Preprocessing, cache_bytes: int = CACHE_
     if isinstance(split, ArraySplit) and preprocessing.keeps(split.images.shape[1:]):
         return _ArrayReader(split.images)
     key = preprocessing.resize_key
-    need = len(split) * preprocessing.height * preprocessing.width * preprocessing.channel_count
+    shape = (len(split), preprocessing.height, preprocessing.width, preprocessing.channel_count)
     with _lock:
         try:
             known = _kept.get(split, {})
         except TypeError:  # a foreign split that can be neither hashed nor weakly referenced
-            return PixelReader(split, preprocessing, keep=False)
+            return PixelReader(split, preprocessing)
         if key not in known:
-            held = sum(
-                item.kept.nbytes
-                for group in _kept.values()
-                for item in group.values()
-                if item.kept is not None
-            )
-            if held + need > cache_bytes:
-                return PixelReader(split, preprocessing, keep=False)
-            known[key] = PixelReader(split, preprocessing, keep=True)
+            held = sum(store.pixels.nbytes for stores in _kept.values() for store in stores.values())
+            if held + math.prod(shape) > cache_bytes:
+                return PixelReader(split, preprocessing)
+            known[key] = _Store(shape)
             _kept[split] = known
-        return known[key]
+        return PixelReader(split, preprocessing, known[key])

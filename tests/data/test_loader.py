@@ -153,6 +153,14 @@ def test_pixels_that_fit_are_decoded_once_and_let_go_with_their_split() -> None:
     assert len(pixels._kept) == held - 1
 
 
+def test_a_reader_keeps_its_split() -> None:
+    """Batches that were prepared ahead may still be decoded when the last other reference goes."""
+    held = reader(MixedSplit(60), UNIT)
+    gc.collect()
+    assert held.kept is not None
+    assert held.read(np.array([3, 59])).shape == (2, 8, 8, 3)
+
+
 def test_pixels_that_do_not_fit_are_streamed() -> None:
     split = MixedSplit(60)
     for number in range(2):
@@ -163,7 +171,7 @@ def test_pixels_that_do_not_fit_are_streamed() -> None:
 def test_the_budget_is_shared_by_all_splits() -> None:
     one, two = MixedSplit(60), MixedSplit(60)
     need = 8 * 8 * 3 * 60
-    held = sum(r.kept.nbytes for group in pixels._kept.values() for r in group.values() if r.kept is not None)
+    held = sum(store.pixels.nbytes for stores in pixels._kept.values() for store in stores.values())
     assert reader(one, UNIT, held + need + 1).kept is not None
     assert reader(two, UNIT, held + need + 1).kept is None
     assert reader(two, UNIT, held + 2 * need).kept is not None
