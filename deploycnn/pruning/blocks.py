@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -136,13 +136,13 @@ def rank_and_drop(
     increases: dict[str, float] = {}
     trials = sum(len(candidates) - index for index in range(count))
     tried = 0
-    base = _loss(model, batches())
+    base: float | None = None
     for _ in range(count):
-        for name in left:
-            with _without(model, name):
-                increases[name] = _loss(model, batches()) - base
-            tried += 1
-            progress(tried, trials)
+        whole, without = _losses(model, left, batches())
+        base = whole if base is None else base
+        increases |= {name: loss - base for name, loss in without.items()}
+        tried += len(left)
+        progress(tried, trials)
         least = min(left, key=lambda name: increases[name])
         if increases[least] > 0 and base + increases[least] > until:
             break
@@ -155,26 +155,64 @@ def rank_and_drop(
     ]
 
 
-def _loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    total, seen = 0.0, 0
+def _losses(
+    model: nn.Module, names: Sequence[str], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, dict[str, float]]:
+    """Mean cross-entropy of the model, and without each of some blocks alone.
+
+    What runs before a block is the same with and without it, so for each batch blocks run once, are then recalled, and
+    only what comes after the missing one runs again.
+    """
+    blocks = {name: model.get_submodule(name) for name in names}
+    whole, without, seen = 0.0, dict.fromkeys(names, 0.0), 0
     with torch.no_grad():
         for images, labels in batches:
-            total += float(functional.cross_entropy(model(images), labels, reduction="sum"))
+            logits, outputs = _recorded(model, blocks, images)
+            whole += _total_loss(logits, labels)
+            try:
+                for name, output in outputs.items():
+                    drop(model, (name,))
+                    without[name] += _total_loss(model(images), labels)
+                    model.set_submodule(name, _Recalled(output))
+            finally:
+                for name, block in blocks.items():
+                    model.set_submodule(name, block)
             seen += len(images)
     if not seen:
         raise PassRequirementError("drop_blocks: needs images, but the training split has none")
-    return total / seen
+    return whole / seen, {name: total / seen for name, total in without.items()}
 
 
-@contextmanager
-def _without(model: nn.Module, name: str) -> Iterator[None]:
-    """Inside, a block is dropped."""
-    block = model.get_submodule(name)
-    drop(model, (name,))
+def _total_loss(logits: Tensor, labels: Tensor) -> float:
+    return float(functional.cross_entropy(logits, labels, reduction="sum"))
+
+
+def _recorded(
+    model: nn.Module, blocks: Mapping[str, nn.Module], images: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A model's output, and that of each block, in the order in which they run."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, __: object, output: Tensor, name: str) -> None:
+        outputs[name] = output.clone()  # what comes next may write into it
+
+    handles = [block.register_forward_hook(partial(keep, name=name)) for name, block in blocks.items()]
     try:
-        yield
+        return model(images), outputs
     finally:
-        model.set_submodule(name, block)
+        for handle in handles:
+            handle.remove()
+
+
+class _Recalled(nn.Module):
+    """Gives what a block gave."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.output.clone()
 
 
 def check_names(model: nn.Module, candidates: Sequence[str], names: Sequence[str]) -> None:
