@@ -34,6 +34,8 @@ CONFIGS = 32
 REPEATS = 2
 #: Times that the first model of a race, with which all are compared, takes part in it.
 FIRST_RUNS = 4
+#: Bytes of the files that are raced at once: all are open, and a runtime keeps about two copies of the weights.
+RACE_BYTES = 1 << 30
 #: What a profile may add to the time of each node: that is taken with which the table predicts best.
 OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014)
 #: Of a node's profiled time, what is left at least when the overhead is taken off.
@@ -126,14 +128,14 @@ class Bench:
         """
         if self._layers is None:
             with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
-                times = self.profile(self.dense(), Path(folder) / "dense.onnx")
+                save_onnx(self.dense(), path := Path(folder) / "dense.onnx")
+                times = self.profile(path)
             operators = {node.name: node.op_type for node in self.dense().graph.node}
             self._layers = with_tails(layers_of(self.model, self.images[:1]), times, operators)
         return self._layers
 
-    def profile(self, graph: ModelProto, path: Path) -> Mapping[str, float]:
-        """Milliseconds by node."""
-        save_onnx(graph, path)
+    def profile(self, path: Path) -> Mapping[str, float]:
+        """Milliseconds by node of a graph in a file."""
         times = self.stopwatch.layer_ms(path, batch_size=self.batch_size, threads=self.threads)
         if not times:
             raise PassRequirementError(
@@ -207,9 +209,12 @@ class Bench:
         cuts = [{}, *cuts]
         with tempfile.TemporaryDirectory(prefix="deploycnn-") as name:
             folder = Path(name)
-            profiles = self.profiles([self.at(cut) for cut in cuts], folder)
+            paths = {str(config): folder / f"{config}.onnx" for config in range(len(cuts))}
+            for cut, path in zip(cuts, paths.values(), strict=True):
+                save_onnx(self.at(cut), path)
+            profiles = self.profiles(list(paths.values()))
             self.tell(0, 1, f"racing {len(cuts)} width configurations")
-            whole = self.race({str(config): folder / f"{config}.onnx" for config in range(len(cuts))})
+            whole = self.race(paths)
         tables = [self._assembled(cuts, profiles, whole, overhead) for overhead in OVERHEADS_MS]
         return min(tables, key=lambda table: table.error.median if table.error else np.inf)
 
@@ -239,15 +244,13 @@ class Bench:
             samples=tuple(samples),
         ).judged()
 
-    def profiles(self, graphs: Sequence[ModelProto], folder: Path) -> list[dict[str, float]]:
-        """Milliseconds by node of each graph, the median of several profiles; files ``0.onnx``, ``1.onnx``, ..."""
-        seen: list[list[Mapping[str, float]]] = [[] for _ in graphs]
+    def profiles(self, paths: Sequence[Path]) -> list[dict[str, float]]:
+        """Milliseconds by node of each graph, the median of several profiles."""
+        seen: list[list[Mapping[str, float]]] = [[] for _ in paths]
         for repeat in range(REPEATS):
-            for config, graph in enumerate(graphs):
-                self.tell(
-                    repeat * len(graphs) + config, REPEATS * len(graphs), "timing layers at other widths"
-                )
-                seen[config].append(self.profile(graph, folder / f"{config}.onnx"))
+            for config, path in enumerate(paths):
+                self.tell(repeat * len(paths) + config, REPEATS * len(paths), "timing layers at other widths")
+                seen[config].append(self.profile(path))
         return [
             {node: float(np.median([run[node] for run in runs if node in run])) for node in runs[0]}
             for runs in seen
@@ -256,16 +259,25 @@ class Bench:
     def race(self, paths: Mapping[str, Path]) -> dict[str, float]:
         """Milliseconds of whole models, timed side by side.
 
-        All are compared with the first, and an error of its time would be one of all: it runs several times over.
+        All are compared with the first, and an error of its time would be one of all: it runs several times over. All
+        models of a race are open at once; where they are too large for that, there are several, each with the first.
         """
-        first = next(iter(paths))
+        first, *others = paths
         again = {f"{first} again {number}": paths[first] for number in range(1, FIRST_RUNS)}
-        speeds = self.stopwatch.race(
-            {**paths, **again}, batch_size=self.batch_size, threads=self.threads, budget_s=self.budget_s
-        )
-        ms = {name: speeds[first].median_ms / speed.ratio for name, speed in speeds.items()}
-        mean = float(np.exp(np.mean([np.log(ms[name]) for name in (first, *again)])))
-        return {name: ms[name] for name in paths} | {first: mean}
+        ms: dict[str, float] = {}
+        for part in parts([paths[name].stat().st_size for name in others], RACE_BYTES):
+            racing = {name: paths[name] for name in (first, *(others[index] for index in part))}
+            speeds = self.stopwatch.race(
+                {**racing, **again},
+                batch_size=self.batch_size,
+                threads=self.threads,
+                budget_s=self.budget_s,
+            )
+            shares = {name: 1 / speed.ratio for name, speed in speeds.items()}
+            mean = float(np.exp(np.mean([np.log(shares[name]) for name in (first, *again)])))
+            ms.setdefault(first, speeds[first].median_ms * mean)
+            ms |= {name: ms[first] * shares[name] / mean for name in racing if name != first}
+        return ms
 
     def _identity(self, what: object) -> str:
         identity = {
@@ -279,6 +291,19 @@ class Bench:
             "what": what,
         }
         return json.dumps(identity, sort_keys=True)
+
+
+def parts(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices in runs, each of files that have at most so many bytes together, or of a single one."""
+    found: list[list[int]] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if not found or held + size > most:
+            found.append([])
+            held = 0
+        found[-1].append(index)
+        held += size
+    return found
 
 
 def configurations(draw: Callable[[np.random.Generator], Removals], *, seed: int = 0) -> list[Removals]:
