@@ -10,14 +10,15 @@ import numpy.typing as npt
 from torch import nn
 
 from deploycnn.pruning.allocation import Ladder
-from deploycnn.pruning.elimination import Factor, Problem
+from deploycnn.pruning.elimination import Factor, Problem, largest_table
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.layers import MIXING, is_depthwise, width
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-#: Cells of one factor's table; a layer behind more ladders than fit (long concatenations) is taken apart.
+#: Cells of one factor's table, and of one that elimination makes of several. Layers behind more ladders than fit (long
+#: concatenations, or several branches that all read several others) are taken apart, those of the largest tables first.
 _CELLS = 1_000_000
 
 #: (layer, channels in, channels out) -> cost, for arrays of widths.
@@ -82,8 +83,32 @@ def problem(
         blocks: Layers that cost nothing where the block is dropped; each a variable of two levels, after the ladders.
     """
     places = widths_by_ladder(model, groups, found)
+    most = _CELLS
+    while True:
+        factors = _factors(model, layers, places, found, cost, blocks, most)
+        constant = sum(float(factor.cost) for factor in factors if not factor.variables)
+        built = Problem(
+            losses=tuple(losses),
+            factors=_merged([factor for factor in factors if factor.variables]),
+            fixed=fixed + constant,
+        )
+        if largest_table(built) <= _CELLS or most < 1:
+            return built
+        most //= 10
+
+
+def _factors(
+    model: nn.Module,
+    layers: Sequence[str],
+    places: Mapping[tuple[str, str], Width],
+    found: Sequence[Ladder],
+    cost: Cost,
+    blocks: Sequence[Collection[str]],
+    most: int,
+) -> list[Factor]:
+    """Costs of layers, each a table of at most so many cells, or taken apart."""
     block_of = {layer: len(found) + index for index, held in enumerate(blocks) for layer in held}
-    factors = []
+    factors: list[Factor] = []
     for layer in layers:
         module = model.get_submodule(layer)
         sides = [
@@ -92,7 +117,7 @@ def problem(
         ]
         variables = tuple(sorted({index for side in sides for index in side.taken}))
         cells = float(np.prod([float(len(found[index].steps)) for index in variables]))
-        if cells <= _CELLS:
+        if cells <= most:
             grids = [_grid(side, variables, found) for side in sides]
             shape = np.broadcast_shapes(*(grid.shape for grid in grids))
             values = cost(layer, *(np.broadcast_to(grid, shape) for grid in grids))
@@ -100,10 +125,7 @@ def problem(
         else:
             parts = _apart(layer, sides, variables, found, cost)
         factors += [_unless_dropped(part, block_of[layer]) for part in parts] if layer in block_of else parts
-    fixed += sum(float(factor.cost) for factor in factors if not factor.variables)
-    return Problem(
-        losses=tuple(losses), factors=_merged([factor for factor in factors if factor.variables]), fixed=fixed
-    )
+    return factors
 
 
 def _unless_dropped(factor: Factor, block: int) -> Factor:

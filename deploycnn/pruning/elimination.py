@@ -49,9 +49,19 @@ class Problem:
 
 def elimination_order(problem: Problem) -> list[int]:
     """Variables in the order in which they are eliminated: next that whose table is smallest."""
+    return [variable for variable, _ in _elimination(problem)]
+
+
+def largest_table(problem: Problem) -> int:
+    """Cells of the largest table that elimination makes."""
+    return max((cells for _, cells in _elimination(problem)), default=0)
+
+
+def _elimination(problem: Problem) -> list[tuple[int, int]]:
+    """Variables in the order of their elimination, with the cells of their tables."""
     sizes = [len(loss) for loss in problem.losses]
     scopes = [set(factor.variables) for factor in problem.factors]
-    left, order = set(range(len(sizes))), []
+    left, order = set(range(len(sizes))), list[tuple[int, int]]()
     while left:
         tables = {
             variable: math.prod(
@@ -63,7 +73,7 @@ def elimination_order(problem: Problem) -> list[int]:
         chosen = min(tables, key=tables.__getitem__)
         union = set().union(*(scope for scope in scopes if chosen in scope)) - {chosen}
         scopes = [scope for scope in scopes if chosen not in scope] + ([union] if union else [])
-        order.append(chosen)
+        order.append((chosen, tables[chosen]))
         left.remove(chosen)
     return order
 

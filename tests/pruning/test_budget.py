@@ -5,17 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.models.macs import count_params
 from deploycnn.models.small_mobilenet import SmallMobileNetV2
 from deploycnn.pruning import importance
-from deploycnn.pruning.allocation import chosen, ladders
-from deploycnn.pruning.budget import widths_by_ladder
+from deploycnn.pruning.allocation import chosen, ladders, losses_of
+from deploycnn.pruning.budget import problem, widths_by_ladder
+from deploycnn.pruning.elimination import largest_table
 from deploycnn.pruning.layers import width
 from deploycnn.pruning.params_goal import steps_for_params
 from deploycnn.pruning.pruner import Goal, prune
+from deploycnn.pruning.solver import solve
 from deploycnn.pruning.structure import analyse
 from deploycnn.pruning.surgery import removals, remove
 
@@ -38,6 +41,46 @@ def test_widths_are_those_that_surgery_leaves(net: type) -> None:
     remove(model, removals(chosen(groups, found, steps)))
     assert expected == {(layer, side): width(model.get_submodule(layer), side) for layer, side in places}
     assert len(expected) > 10
+
+
+class Inception(nn.Module):
+    """Four branches that all read the four before them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(channels, 32, 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([branch(x).relu() for branch in self.branches], dim=1)
+
+
+def test_branches_that_read_many_others_do_not_fill_the_memory() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(Inception(channels) for channels in (3, 128, 128)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 4),
+    ).eval()
+    groups = analyse(model, torch.randn(2, 3, 8, 8)).groups
+    found = ladders(
+        groups,
+        importance.magnitude(model, groups, power=2),
+        round_to=2,
+        max_ratio=0.9,
+        ratios=[None] * len(groups),
+    )
+    assert len(found) == 12
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    posed = problem(
+        model, layers, groups, found, losses_of(found), lambda _, inputs, outputs: inputs * outputs
+    )
+    assert largest_table(posed) <= 1_000_000
+    dense = posed.cost([0] * 12)
+    assert dense == 3 * 128 + 2 * 128 * 128
+    solution = solve(posed, 0.6 * dense)
+    assert solution is not None
+    assert solution.cost <= 0.6 * dense
 
 
 @pytest.mark.parametrize("net", [lambda: CifarResNet(8), SmallMobileNetV2])
