@@ -11,12 +11,15 @@ from torch import nn
 from deploycnn.errors import PassRequirementError
 from deploycnn.models.macs import count_params
 from deploycnn.pruning.allocation import Ladder, losses_of, pinned
-from deploycnn.pruning.budget import problem
+from deploycnn.pruning.budget import problem, widths_by_ladder
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.layers import MIXING, groups_of, is_depthwise, width
 from deploycnn.pruning.solver import cheapest, solve
 
 FloatArray = npt.NDArray[np.float64]
+
+#: Share of all parameters by which the solver's budget is lowered at least where its solution has too many.
+_LESS = 1e-3
 
 
 def steps_for_params(
@@ -52,11 +55,33 @@ def steps_for_params(
     posed = problem(
         model, sorted(sized), groups, pinned_ladders, losses_of(pinned_ladders), count, fixed=float(rest)
     )
-    solution = solve(posed, ratio * whole)
-    if solution is None:
-        least = posed.cost(cheapest(posed)) / whole
-        raise PassRequirementError(
-            f"prune.params_ratio: {ratio:g} is out of reach, the least is {least:.4f}; raise it or max_ratio, or lower "
-            "round_to"
-        )
-    return [ladder.steps[level] for ladder, level in zip(pinned_ladders, solution.levels, strict=True)]
+    places = widths_by_ladder(model, groups, pinned_ladders)
+
+    def exactly(levels: Sequence[int]) -> float:
+        """Where layers had to be taken apart (``budget.problem``) the solver's costs are not."""
+
+        def kept(layer: str, side: str) -> FloatArray:
+            place = places.get((layer, side))
+            full = width(model.get_submodule(layer), side)  # type: ignore[arg-type] # a side is a string
+            lost = sum(int(by[levels[index]]) for index, by in place.taken.items()) if place else 0
+            return np.array(float(full - lost))
+
+        found = float(rest)
+        for layer in sized:
+            first = "in" if isinstance(model.get_submodule(layer), MIXING) else "out"
+            found += float(count(layer, kept(layer, first), kept(layer, "out")))
+        return found
+
+    goal = budget = ratio * whole
+    while (solution := solve(posed, budget)) is not None:
+        over = exactly(solution.levels) - goal
+        if over <= 0:
+            return [
+                ladder.steps[level] for ladder, level in zip(pinned_ladders, solution.levels, strict=True)
+            ]
+        budget -= max(over, _LESS * whole)
+    least = exactly(cheapest(posed)) / whole
+    raise PassRequirementError(
+        f"prune.params_ratio: {ratio:g} is out of reach, the least is {least:.4f}; raise it or max_ratio, or lower "
+        "round_to"
+    )

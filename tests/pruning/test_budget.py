@@ -54,14 +54,19 @@ class Inception(nn.Module):
         return torch.cat([branch(x).relu() for branch in self.branches], dim=1)
 
 
-def test_branches_that_read_many_others_do_not_fill_the_memory() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
+def inceptions() -> nn.Module:
+    """Three of them, one after the other."""
+    return nn.Sequential(
         *(Inception(channels) for channels in (3, 128, 128)),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(128, 4),
     ).eval()
+
+
+def test_branches_that_read_many_others_do_not_fill_the_memory() -> None:
+    torch.manual_seed(0)
+    model = inceptions()
     groups = analyse(model, torch.randn(2, 3, 8, 8)).groups
     found = ladders(
         groups,
@@ -95,6 +100,20 @@ def test_a_goal_of_parameters_is_met_and_hardly_undercut(net: type) -> None:
     )
     assert record["params_after"] == count_params(model)
     assert 0.59 < record["params_after"] / record["params_before"] <= 0.6
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.2])
+def test_a_goal_of_parameters_holds_where_the_solver_takes_layers_apart(ratio: float) -> None:
+    torch.manual_seed(0)
+    model = inceptions()
+    record = prune(
+        model,
+        torch.randn(2, 3, 8, 8),
+        lambda model, groups: importance.magnitude(model, groups, power=2),
+        Goal(params_ratio=ratio, round_to=2),
+    )
+    assert record["params_after"] == count_params(model)
+    assert 0.9 * ratio < record["params_after"] / record["params_before"] <= ratio
 
 
 def test_too_few_parameters_are_refused_with_the_least() -> None:
