@@ -27,8 +27,8 @@ RUNS, WARMUP = 20, 3
 #: What may be fused into the convolution before it.
 _ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 
-#: What onnxruntime adds to the names of nodes that it moves to another layout.
-_SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc)$")
+#: What onnxruntime adds to the names of nodes that it moves to another layout or fuses with an activation.
+_ADDED = re.compile(r"^fused |(_token_\d+|_nchwc|_nhwc)$")
 
 
 def onnxruntime_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threads: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ def node_medians(
     length = len(kernels) // runs
     found: dict[str, float] = {}
     for position in range(length):
-        name = _SUFFIX.sub("", str(kernels[position]["name"]).removesuffix("_kernel_time"))
+        name = _ADDED.sub("", str(kernels[position]["name"]).removesuffix("_kernel_time"))
         name = makers.get(name, name)
         times = [float(event["dur"]) / 1e3 for event in kernels[warmup * length + position :: length]]
         if name in found and name not in known:

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from deploycnn.graph.export import export_onnx
+from deploycnn.graph.model import save_onnx
 from deploycnn.latency.instances import FixedWidthsError, narrowed
+from deploycnn.latency.layers import layer_sums
 from deploycnn.latency.measure import Bench
 from deploycnn.latency.quantized import quantized
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.models.small_mobilenet import SmallMobileNetV2
+from deploycnn.profiling.stopwatch import RuntimeStopwatch
 from deploycnn.pruning import importance
 from deploycnn.pruning.allocation import ladders
 from deploycnn.pruning.latency_problem import draw
@@ -94,6 +97,18 @@ def test_a_graph_that_names_widths_is_exported_anew(precision: str) -> None:
     expected = model(images).detach().numpy()
     tolerance = 1e-5 if precision == "fp32" else 0.1
     assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
+
+
+def test_a_linear_layer_that_is_fused_with_its_activation_has_its_time(tmp_path: Path) -> None:
+    """Else a table of AlexNet or VGG lacks most of their layers."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(7200, 64), nn.ReLU(), nn.Linear(64, 4))
+    graph = tmp_path / "model.onnx"
+    save_onnx(export_onnx(model.eval(), (3, 32, 32), opset=18), graph)
+    stopwatch = RuntimeStopwatch(runtime="onnxruntime:cpu", image_shape=(3, 32, 32))
+    times = stopwatch.layer_ms(graph, batch_size=1, threads=1)
+    sums = layer_sums(["0", "2", "4"], times)
+    assert all(ms > 0 for ms in sums.values())
+    assert {"2/Gemm", "4/Gemm"} <= times.keys()
 
 
 def _run(graph: object, images: torch.Tensor) -> np.ndarray:
