@@ -46,39 +46,18 @@ def latency_goal(
         ArtifactError: the table cannot be read.
     """
     loaded = load_table(table) if table is not None else None
-    stopwatch = ctx.stopwatch
     if loaded is not None and table is not None:
         _check(loaded, table, precision, ctx)
-        here = environment.detect()
-        elsewhere = environment.Environment.from_json(loaded.environment, f"{table}: environment")
-        if stopwatch is None or here.fingerprint != elsewhere.fingerprint:
-            return LatencyGoal(
-                ratio=ratio,
-                layers=layers_of_table(model, images, loaded, table),
-                bench=None,
-                table=loaded,
-                dropping=dropping,
-                tell=ctx.progress,
-            )
-        batch_size, threads = loaded.batch_size, loaded.threads
-    elif stopwatch is None:
+    bench = _bench(model, images, precision, loaded, table, ctx)
+    if loaded is not None:
+        layers = layers_of_table(model, images, loaded, table)
+    elif bench is not None:
+        layers = bench.layers()
+    else:
         raise RuntimeUnavailable(
             f"prune.latency_ratio: the target {ctx.target} cannot be timed on this host; measure a table on one that "
             "has it (deploycnn latency-table) and name it as latency_table"
         )
-    else:
-        batch_size, threads = stopwatch.settings[0]
-    bench = Bench(
-        model=model,
-        images=images,
-        stopwatch=stopwatch,
-        precision=precision,
-        batch_size=batch_size,
-        threads=threads,
-        target=ctx.target,
-        tell=ctx.progress,
-    )
-    layers = bench.layers() if loaded is None else layers_of_table(model, images, loaded, table)
     return LatencyGoal(
         ratio=ratio,
         layers=layers,
@@ -86,6 +65,36 @@ def latency_goal(
         table=loaded,
         dropping=dropping,
         seed=ctx.seed,
+        tell=ctx.progress,
+    )
+
+
+def _bench(
+    model: nn.Module,
+    images: Tensor,
+    precision: str,
+    loaded: LatencyTable | None,
+    table: Path | None,
+    ctx: Context,
+) -> Bench | None:
+    """What times the model here; ``None`` where nothing does, or where the table is of another machine."""
+    stopwatch = ctx.stopwatch
+    if stopwatch is None:
+        return None
+    batch_size, threads = stopwatch.settings[0]
+    if loaded is not None:
+        elsewhere = environment.Environment.from_json(loaded.environment, f"{table}: environment")
+        if environment.detect().fingerprint != elsewhere.fingerprint:
+            return None
+        batch_size, threads = loaded.batch_size, loaded.threads
+    return Bench(
+        model=model,
+        images=images,
+        stopwatch=stopwatch,
+        precision=precision,
+        batch_size=batch_size,
+        threads=threads,
+        target=ctx.target,
         tell=ctx.progress,
     )
 
