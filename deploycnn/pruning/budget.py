@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import nn
 from deploycnn.pruning.allocation import Ladder
 from deploycnn.pruning.elimination import Factor, Problem, largest_table
 from deploycnn.pruning.groups import ChannelGroup
-from deploycnn.pruning.layers import MIXING, is_depthwise, width
+from deploycnn.pruning.layers import MIXING, Side, is_depthwise, width
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -31,6 +32,10 @@ class Width:
 
     full: int
     taken: Mapping[int, IntArray]
+
+    def at(self, levels: Sequence[int]) -> int:
+        """Channels that are left at these levels of all variables."""
+        return self.full - sum(int(by[levels[index]]) for index, by in self.taken.items())
 
 
 def widths_by_ladder(
@@ -83,47 +88,51 @@ def problem(
         blocks: Layers that cost nothing where the block is dropped; each a variable of two levels, after the ladders.
     """
     places = widths_by_ladder(model, groups, found)
+    sides = {layer: sides_of(model, layer, places) for layer in layers}
+    block_of = {layer: len(found) + index for index, held in enumerate(blocks) for layer in held}
     most = _CELLS
     while True:
-        factors = _factors(model, layers, places, found, cost, blocks, most)
+        factors = _factors(sides, found, cost, block_of, most)
         constant = sum(float(factor.cost) for factor in factors if not factor.variables)
         built = Problem(
             losses=tuple(losses),
             factors=_merged([factor for factor in factors if factor.variables]),
             fixed=fixed + constant,
         )
-        if largest_table(built) <= _CELLS or most < 1:
+        if most == 1 or largest_table(built) <= _CELLS:
             return built
         most //= 10
 
 
+def sides_of(model: nn.Module, layer: str, places: Mapping[tuple[str, str], Width]) -> tuple[Width, Width]:
+    """What a layer's cost depends on: (in, out), and where it mixes no channels its output twice."""
+    module = model.get_submodule(layer)
+    first: Side = "in" if isinstance(module, MIXING) else "out"
+
+    def side(name: Side) -> Width:
+        return places.get((layer, name)) or Width(full=width(module, name), taken={})
+
+    return side(first), side("out")
+
+
 def _factors(
-    model: nn.Module,
-    layers: Sequence[str],
-    places: Mapping[tuple[str, str], Width],
+    sides: Mapping[str, tuple[Width, Width]],
     found: Sequence[Ladder],
     cost: Cost,
-    blocks: Sequence[Collection[str]],
+    block_of: Mapping[str, int],
     most: int,
 ) -> list[Factor]:
     """Costs of layers, each a table of at most so many cells, or taken apart."""
-    block_of = {layer: len(found) + index for index, held in enumerate(blocks) for layer in held}
     factors: list[Factor] = []
-    for layer in layers:
-        module = model.get_submodule(layer)
-        sides = [
-            places.get((layer, side), Width(full=width(module, side), taken={}))
-            for side in (("in", "out") if isinstance(module, MIXING) else ("out", "out"))
-        ]
-        variables = tuple(sorted({index for side in sides for index in side.taken}))
-        cells = float(np.prod([float(len(found[index].steps)) for index in variables]))
-        if cells <= most:
-            grids = [_grid(side, variables, found) for side in sides]
+    for layer, pair in sides.items():
+        variables = tuple(sorted({index for side in pair for index in side.taken}))
+        if math.prod(len(found[index].steps) for index in variables) <= most:
+            grids = [_grid(side, variables, found) for side in pair]
             shape = np.broadcast_shapes(*(grid.shape for grid in grids))
             values = cost(layer, *(np.broadcast_to(grid, shape) for grid in grids))
             parts = [Factor(variables=variables, cost=np.asarray(values))]
         else:
-            parts = _apart(layer, sides, variables, found, cost)
+            parts = _apart(layer, pair, variables, found, cost)
         factors += [_unless_dropped(part, block_of[layer]) for part in parts] if layer in block_of else parts
     return factors
 

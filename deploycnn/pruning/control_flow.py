@@ -21,11 +21,19 @@ _PEEKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.def
 
 #: Operators that take the shape and type of a tensor, but not its values.
 _OF_SHAPE = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
-        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
-    )
+    {
+        "aten::empty_like",
+        "aten::full_like",
+        "aten::new_empty",
+        "aten::new_empty_strided",
+        "aten::new_full",
+        "aten::new_ones",
+        "aten::new_zeros",
+        "aten::ones_like",
+        "aten::rand_like",
+        "aten::randn_like",
+        "aten::zeros_like",
+    }
 )
 
 

@@ -61,7 +61,8 @@ def _elimination(problem: Problem) -> list[tuple[int, int]]:
     """Variables in the order of their elimination, with the cells of their tables."""
     sizes = [len(loss) for loss in problem.losses]
     scopes = [set(factor.variables) for factor in problem.factors]
-    left, order = set(range(len(sizes))), list[tuple[int, int]]()
+    left = set(range(len(sizes)))
+    order: list[tuple[int, int]] = []
     while left:
         tables = {
             variable: math.prod(

@@ -13,11 +13,10 @@ from deploycnn.latency.layers import Layer
 from deploycnn.latency.model import LatencyTable
 from deploycnn.models.delta import drop
 from deploycnn.pruning.allocation import Ladder, chosen, losses_of
-from deploycnn.pruning.budget import problem, widths_by_ladder
+from deploycnn.pruning.budget import problem, sides_of, widths_by_ladder
 from deploycnn.pruning.dropping import Block
 from deploycnn.pruning.elimination import Problem
 from deploycnn.pruning.groups import ChannelGroup
-from deploycnn.pruning.layers import width
 from deploycnn.pruning.solver import Solution
 from deploycnn.pruning.surgery import Removals, removals, remove
 
@@ -70,20 +69,18 @@ def layer_rows(
     places = widths_by_ladder(model, groups, found)
     rows = []
     for layer in layers:
-        module = model.get_submodule(layer.name)
-        sides = {}
-        for side in ("in", "out"):
-            full = width(module, side)
-            place = places.get((layer.name, side))
-            lost = sum(int(by[solution.levels[index]]) for index, by in place.taken.items()) if place else 0
-            sides[side] = [full, 0 if layer.name in gone else full - lost]
-        ms = [
-            float(table.cost(layer.key, float(sides["in"][index]), float(sides["out"][index])))
-            if sides["out"][index]
-            else 0.0
-            for index in (0, 1)
-        ]
-        rows.append({"layer": layer.name, **sides, "ms": ms})
+        inputs, outputs = sides_of(model, layer.name, places)
+        kept = (0, 0) if layer.name in gone else (inputs.at(solution.levels), outputs.at(solution.levels))
+        before = float(table.cost(layer.key, float(inputs.full), float(outputs.full)))
+        after = float(table.cost(layer.key, float(kept[0]), float(kept[1]))) if kept[1] else 0.0
+        rows.append(
+            {
+                "layer": layer.name,
+                "in": [inputs.full, kept[0]],
+                "out": [outputs.full, kept[1]],
+                "ms": [before, after],
+            }
+        )
     return rows
 
 

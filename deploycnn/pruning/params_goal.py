@@ -11,7 +11,7 @@ from torch import nn
 from deploycnn.errors import PassRequirementError
 from deploycnn.models.macs import count_params
 from deploycnn.pruning.allocation import Ladder, losses_of, pinned
-from deploycnn.pruning.budget import problem, widths_by_ladder
+from deploycnn.pruning.budget import problem, sides_of, widths_by_ladder
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.layers import MIXING, groups_of, is_depthwise, width
 from deploycnn.pruning.solver import cheapest, solve
@@ -58,18 +58,11 @@ def steps_for_params(
     places = widths_by_ladder(model, groups, pinned_ladders)
 
     def exactly(levels: Sequence[int]) -> float:
-        """Where layers had to be taken apart (``budget.problem``) the solver's costs are not."""
-
-        def kept(layer: str, side: str) -> FloatArray:
-            place = places.get((layer, side))
-            full = width(model.get_submodule(layer), side)  # type: ignore[arg-type] # a side is a string
-            lost = sum(int(by[levels[index]]) for index, by in place.taken.items()) if place else 0
-            return np.array(float(full - lost))
-
+        """Parameters at these levels: the solver's sum differs where layers were taken apart (``budget.problem``)."""
         found = float(rest)
         for layer in sized:
-            first = "in" if isinstance(model.get_submodule(layer), MIXING) else "out"
-            found += float(count(layer, kept(layer, first), kept(layer, "out")))
+            inputs, outputs = (np.array(float(side.at(levels))) for side in sides_of(model, layer, places))
+            found += float(count(layer, inputs, outputs))
         return found
 
     goal = budget = ratio * whole
