@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
 #: Runs that are profiled, and runs before them.
 RUNS, WARMUP = 20, 3
 
-#: What may be fused into the convolution before it.
-_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
+#: What may be fused into the linear node before it: activations, and scales and shifts by constants.
+_FUSED = frozenset(
+    {"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Mul", "Add", "BatchNormalization"}
+)
+#: How names of linear operators end, onnxruntime's own ones too (FusedConv, QLinearConv, QGemm, ...).
+_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 #: What onnxruntime adds to the names of nodes that it moves to another layout or fuses with an activation.
 _ADDED = re.compile(r"^fused |(_token_\d+|_nchwc|_nhwc)$")
@@ -56,21 +61,40 @@ def onnxruntime_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threa
     return node_medians(events, makers)
 
 
-def _makers(graph: Any) -> dict[str, str]:
-    """Value -> the node that onnxruntime calls after it when it moves that to another layout."""
-    made_by = {name: node for node in graph.node for name in node.output}
-    found = {}
+@dataclass(frozen=True, slots=True)
+class Makers:
+    """Value -> name of the node that makes it: onnxruntime names nodes after values when it moves them.
+
+    Attributes:
+        nodes: By whatever makes the value.
+        linear: By the linear node that may have what makes the value fused into it.
+    """
+
+    nodes: Mapping[str, str]
+    linear: Mapping[str, str]
+
+    def name(self, value: str, kernel: str) -> str:
+        """Of the node whose kernel is called ``value``; ``value`` itself, where that is no value."""
+        return (self.linear if kernel.endswith(_LINEAR) else self.nodes).get(value, value)
+
+
+def _makers(graph: Any) -> Makers:
+    made_by = {name: node for node in graph.node if node.op_type != "Constant" for name in node.output}
+    linear = {}
     for value, maker in made_by.items():
         node = maker
-        while node.op_type in _ACTIVATIONS and node.input[0] in made_by:
-            node = made_by[node.input[0]]
-        found[value] = (node if node.op_type in {"Conv", "Gemm", "MatMul"} else maker).name
-    return found
+        while node.op_type in _FUSED:
+            before = [made_by[name] for name in node.input if name in made_by]
+            if len(before) != 1:  # a graph's input, or two branches that meet
+                break
+            node = before[0]
+        linear[value] = (node if node.op_type.endswith(_LINEAR) else maker).name
+    return Makers({value: node.name for value, node in made_by.items()}, linear)
 
 
 def node_medians(
     events: list[Mapping[str, Any]],
-    makers: Mapping[str, str] | None = None,
+    makers: Makers | None = None,
     *,
     runs: int = WARMUP + RUNS,
     warmup: int = WARMUP,
@@ -79,12 +103,12 @@ def node_medians(
 
     Args:
         events: All of them; every run leaves the same sequence.
-        makers: Value -> name of the node that makes it: onnxruntime names moved nodes after their values.
+        makers: Of the values of the graph that was run.
         runs: How many were made.
         warmup: How many of them are left out, at the beginning.
     """
-    makers = makers or {}
-    known = set(makers.values())
+    makers = makers or Makers({}, {})
+    known = set(makers.nodes.values())
     kernels = [
         event
         for event in events
@@ -93,8 +117,10 @@ def node_medians(
     length = len(kernels) // runs
     found: dict[str, float] = {}
     for position in range(length):
-        name = _ADDED.sub("", str(kernels[position]["name"]).removesuffix("_kernel_time"))
-        name = makers.get(name, name)
+        kernel = str(kernels[position].get("args", {}).get("op_name"))
+        name = makers.name(
+            _ADDED.sub("", str(kernels[position]["name"]).removesuffix("_kernel_time")), kernel
+        )
         times = [float(event["dur"]) / 1e3 for event in kernels[warmup * length + position :: length]]
         if name in found and name not in known:
             # What onnxruntime put in shares a name; its place in the order tells where it belongs.

@@ -99,16 +99,41 @@ def test_a_graph_that_names_widths_is_exported_anew(precision: str) -> None:
     assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
 
 
-def test_a_linear_layer_that_is_fused_with_its_activation_has_its_time(tmp_path: Path) -> None:
-    """Else a table of AlexNet or VGG lacks most of their layers."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(7200, 64), nn.ReLU(), nn.Linear(64, 4))
+class LayerScale(nn.Module):
+    """ConvNeXt's: constants scale what a block adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(16, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        wide = self.first(images)
+        return wide + self.second(wide) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes"),
+    [
+        # AlexNet and VGG
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(7200, 64), nn.ReLU(), nn.Linear(64, 4)),
+            {"0": "0/Conv", "2": "2/Gemm", "4": "4/Gemm"},
+        ),
+        (LayerScale(), {"first": "first/Conv", "second": "second/Conv"}),
+    ],
+)
+def test_layers_that_something_is_fused_into_have_their_times(
+    model: nn.Module, nodes: dict[str, str], tmp_path: Path
+) -> None:
     graph = tmp_path / "model.onnx"
     save_onnx(export_onnx(model.eval(), (3, 32, 32), opset=18), graph)
     stopwatch = RuntimeStopwatch(runtime="onnxruntime:cpu", image_shape=(3, 32, 32))
     times = stopwatch.layer_ms(graph, batch_size=1, threads=1)
-    sums = layer_sums(["0", "2", "4"], times)
+    sums = layer_sums(list(nodes), times)
     assert all(ms > 0 for ms in sums.values())
-    assert {"2/Gemm", "4/Gemm"} <= times.keys()
+    assert set(nodes.values()) <= times.keys()
 
 
 def _run(graph: object, images: torch.Tensor) -> np.ndarray:

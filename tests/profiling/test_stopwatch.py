@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from deploycnn.core import Stopwatch
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
-from deploycnn.profiling.nodes import node_medians
+from deploycnn.profiling.nodes import Makers, node_medians
 from deploycnn.profiling.stopwatch import RuntimeStopwatch
 
 
@@ -107,7 +107,7 @@ def test_medians_by_place_without_warming_up() -> None:
     ]
     events.insert(3, {"cat": "Session", "name": "c_kernel_time", "dur": 7})
     events.insert(5, {"cat": "Node", "name": "d_fence_before", "dur": 7})
-    found = node_medians(events, {"a": "conv", "sum": "b"}, runs=4, warmup=1)
+    found = node_medians(events, Makers({"a": "conv", "sum": "b"}, {}), runs=4, warmup=1)
     expected = {"conv": 0.002, "Reorder": 0.02, "b": 0.305, "Reorder#3": 4.0}
     assert found == pytest.approx(expected)
     assert list(found) == list(expected)
