@@ -6,6 +6,9 @@ implementation for people; :class:`Silent` is the one for programs.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 #: How a step ended: its artifact was already there, it was made now, or it failed.
@@ -38,6 +41,19 @@ class Events(Protocol):
     def error(self, text: str) -> None:
         """Something that failed, in one line."""
         ...
+
+
+@contextmanager
+def told(events: Events, title: str) -> Iterator[None]:
+    """Tell ``events`` that a step begins, and how it ends: failed, if an error leaves the block."""
+    started = time.perf_counter()
+    outcome: Outcome = "failed"
+    events.step_started(title)
+    try:
+        yield
+        outcome = "done"
+    finally:
+        events.step_finished(title, outcome, time.perf_counter() - started)
 
 
 class Silent:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deploycnn.core import Artifact
 from deploycnn.errors import ArtifactError, DeployCNNError, RuntimeUnavailable
-from deploycnn.events import Events
+from deploycnn.events import Events, told
 from deploycnn.execute import available_threads
+from deploycnn.profiling.inputs import first_images, noise, require_memory
 from deploycnn.recipe import Profile
 from deploycnn.runtimes.base import Runtime, create, parse_spec, untimed
 from deploycnn.store import Store
@@ -134,8 +135,14 @@ def measure(
         data: Images for accuracy and as timing input; random input and no accuracy without.
         events: Told of progress.
         seed: Of the order in which blocks are interleaved.
+
+    Raises:
+        RecipeError: a batch does not fit in memory.
     """
     from deploycnn import environment
+
+    for subject in subjects:
+        require_memory(max(profile.batch_sizes), _image_shape(subject))
 
     here = environment.detect().fingerprint
     result = Measured(runtimes=tuple(full_spec(spec) for spec in runtimes))
@@ -209,18 +216,18 @@ class _Measurement:
         own = Preprocessing.from_json(subject.artifact.facts.preprocessing, str(subject.artifact.path))
         return Data(dataset=self.data.dataset, preprocessing=own)
 
-    def images(self, subject: Subject, batch_size: int) -> npt.NDArray[np.float32]:
-        """Timing input: the first validation images, repeated where there are fewer; random without data."""
-        import numpy as np
-
+    def images(
+        self, subject: Subject, batch_size: int, made: dict[str, npt.NDArray[np.float32]]
+    ) -> npt.NDArray[np.float32]:
+        """Timing input: validation images, or noise without data; subjects that want the same share it."""
         data = self.prepared(subject)
-        if data is None:
-            shape = [1 if size is None else size for size in subject.artifact.inputs[0].shape[1:]]
-            generator = np.random.default_rng(self.seed)
-            return generator.standard_normal((batch_size, *shape), dtype=np.float32)
-        split = data.dataset.val
-        chosen = [index % len(split) for index in range(batch_size)]
-        return np.stack([data.preprocessing.apply(split.decode(index)) for index in chosen])
+        shape = _image_shape(subject)
+        key = str(shape) if data is None else data.fingerprint
+        if key not in made:
+            made[key] = (
+                noise(batch_size, shape, self.seed) if data is None else first_images(data, batch_size)
+            )
+        return made[key]
 
     def timing(self, batch_size: int, threads: int) -> Timing:
         """Time all pairs side by side, or read what an earlier run stored."""
@@ -242,14 +249,15 @@ class _Measurement:
             self.events.step_finished(title, "hit", 0.0)
             rows = [TimingRow.from_json(row, name) for row in stored["rows"]]
         else:
-            with _Step(self.events, title):
+            made: dict[str, npt.NDArray[np.float32]] = {}
+            with told(self.events, title):
                 candidates = [
                     Candidate(
                         label=label(subject.name, spec),
                         runtime=spec,
                         batch_size=batch_size,
                         threads=threads,
-                        images_NCHW=self.images(subject, batch_size),
+                        images_NCHW=self.images(subject, batch_size, made),
                         open=_opener(runtime, subject.artifact, batch_size, threads),
                     )
                     for subject, spec, runtime in pairs
@@ -280,7 +288,7 @@ class _Measurement:
                     continue
                 title = f"accuracy: {subject.name} on {spec}, {split}"
                 try:
-                    with _Step(self.events, title):
+                    with told(self.events, title):
                         opened = runtime.open(
                             subject.artifact, batch_size=batch_size, threads=available_threads()
                         )
@@ -314,7 +322,7 @@ class _Measurement:
         if not missing:
             self.events.step_finished(title, "hit", 0.0)
             return
-        with _Step(self.events, title):
+        with told(self.events, title):
             for index, (subject, spec, name) in enumerate(missing):
                 self.events.progress(index, len(missing), f"{subject.name} on {spec}")
                 try:
@@ -326,25 +334,10 @@ class _Measurement:
                 result.memory_bytes[subject.name, spec] = peak
 
 
+def _image_shape(subject: Subject) -> tuple[int, ...]:
+    """(C, H, W); sizes that the model leaves open are 1."""
+    return tuple(1 if size is None else size for size in subject.artifact.inputs[0].shape[1:])
+
+
 def _opener(runtime: Runtime, artifact: Artifact, batch_size: int, threads: int) -> Any:
     return lambda: runtime.open(artifact, batch_size=batch_size, threads=threads)
-
-
-class _Step:
-    """Tell a listener that something begins, and how it ends."""
-
-    def __init__(self, events: Events, title: str) -> None:
-        self.events = events
-        self.title = title
-
-    def __enter__(self) -> None:
-        import time
-
-        self.started = time.perf_counter()
-        self.events.step_started(self.title)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        import time
-
-        outcome: Any = "done" if kind is None else "failed"
-        self.events.step_finished(self.title, outcome, time.perf_counter() - self.started)

@@ -296,6 +296,20 @@ def test_a_full_disk_while_measuring_is_one_line(
     assert not list(out.rglob(".*.tmp*"))
 
 
+def test_a_batch_that_fits_no_memory_is_one_line_and_the_run_stays(
+    run: api.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out, symlinks=True)
+    before = (out / "report.json").read_bytes()
+    settings = ["--set", "profile.batch_sizes=[1,1000000000]"]
+    code = main(["compress", str(out / "recipe.yaml"), "--out", str(out), "--quiet", *settings])
+    lines = capsys.readouterr().err.splitlines()
+    assert (code, len(lines)) == (2, 1)
+    assert "batch size 1000000000" in lines[0]
+    assert (out / "report.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("victim", ["copyfile", "symlink_to"])
 def test_a_full_disk_in_export_is_one_line(
     run: api.Run,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from deploycnn.core import Artifact, Facts, Speed, TensorSpec
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.profiling.inputs import noise
 from deploycnn.profiling.nodes import PROFILERS
 
 if TYPE_CHECKING:
@@ -48,15 +49,19 @@ class RuntimeStopwatch:
 
         runtime = create(self.runtime)
         candidates = []
+        made: dict[tuple[int | None, ...], npt.NDArray[np.float32]] = {}
         for label, path in models.items():
-            artifact, images = self._artifact(path, batch_size)
+            artifact = self._artifact(path)
+            shape = artifact.inputs[0].shape
+            if shape not in made:
+                made[shape] = self._images(artifact, batch_size)
             candidates.append(
                 Candidate(
                     label=label,
                     runtime=self.runtime,
                     batch_size=batch_size,
                     threads=threads,
-                    images_NCHW=images,
+                    images_NCHW=made[shape],
                     open=_Opener(runtime, artifact, batch_size, threads),
                 )
             )
@@ -76,24 +81,24 @@ class RuntimeStopwatch:
         """See ``core.Stopwatch.layer_ms``."""
         if self.runtime not in PROFILERS:
             return {}
-        _, images = self._artifact(model, batch_size)
+        images = self._images(self._artifact(model), batch_size)
         return PROFILERS[self.runtime](model, images, threads)
 
-    def _artifact(self, path: Path, batch_size: int) -> tuple[Artifact, npt.NDArray[np.float32]]:
-        """The file as an artifact, and images that fit it."""
-        import numpy as np
+    def _images(self, artifact: Artifact, batch_size: int) -> npt.NDArray[np.float32]:
+        return noise(batch_size, [size or 1 for size in artifact.inputs[0].shape[1:]], self.seed)
+
+    def _artifact(self, path: Path) -> Artifact:
+        """The file as an artifact; its image size is stated."""
         import onnx
 
         graph = onnx.load(str(path), load_external_data=False).graph
         weights = {tensor.name for tensor in graph.initializer}
         inputs = [value for value in graph.input if value.name not in weights]
         shape = self._shape(path, [axis.dim_value for axis in inputs[0].type.tensor_type.shape.dim])
-        images = np.random.default_rng(self.seed).standard_normal((batch_size, *shape)).astype(np.float32)
         specs = (TensorSpec(name=inputs[0].name, dtype="float32", shape=(None, *shape)),)
-        artifact = Artifact(
+        return Artifact(
             key=str(path), format="onnx", path=path, inputs=specs, outputs=(), parents=(), facts=Facts()
         )
-        return artifact, images
 
     def _shape(self, path: Path, dims: list[int]) -> tuple[int, ...]:
         stated = tuple(dims[1:])
