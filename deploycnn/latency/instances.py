@@ -14,6 +14,8 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from deploycnn.graph.model import attribute
+from deploycnn.pruning.layers import Side
+from deploycnn.pruning.splits import Split
 from deploycnn.pruning.surgery import Removals
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -85,7 +87,7 @@ class _Graph:
         node.input[index] = name
 
 
-def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, str], int]) -> ModelProto:
+def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, Side | Split], int]) -> ModelProto:
     """A copy of an exported model without some channels; what is left computes what the pruned module computes.
 
     Grouped convolutions get the right shape but, per group, the first group's channels: this is for timing.
@@ -107,7 +109,10 @@ def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, str],
     for (layer, side), removed in cuts.items():
         keep = np.setdiff1d(np.arange(widths[layer, side]), removed)
         nodes = by_layer.get(layer, [])
-        if not any(_narrow(graph, node, side, keep, removed) for node in nodes) and any(
+        if isinstance(side, Split):
+            for node in nodes:
+                _narrow_split(graph, node, widths[layer, side], removed)
+        elif not any(_narrow(graph, node, side, keep, removed) for node in nodes) and any(
             node.op_type in _COMPUTE for node in nodes
         ):
             raise FixedWidthsError(f'no weights of "{layer}"')
@@ -155,6 +160,16 @@ def _narrow(
     else:
         return False
     return True
+
+
+def _narrow_split(graph: _Graph, node: NodeProto, before: int, removed: npt.NDArray[np.int64]) -> None:
+    """Make parts smaller whose sizes are named; such as are only counted follow by themselves."""
+    if node.op_type != "Split" or graph.place(node, 1) is None:
+        return
+    sizes = graph.value(node, 1).astype(np.int64)
+    if sizes.sum() == before:
+        lost = np.bincount(np.searchsorted(np.cumsum(sizes), removed, side="right"), minlength=len(sizes))
+        graph._replace(node, 1, sizes - lost)
 
 
 def _narrow_convolution(

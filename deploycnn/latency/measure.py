@@ -23,7 +23,7 @@ from deploycnn.latency.layers import Layer, layer_sums, layers_of, with_tails
 from deploycnn.latency.model import SCHEMA, LatencyTable, Sample, table_of
 from deploycnn.latency.quantized import quantized
 from deploycnn.pruning.layers import is_depthwise, width
-from deploycnn.pruning.surgery import Removals, remove, sharing
+from deploycnn.pruning.surgery import Removals, channels_at, remove, sharing
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -110,9 +110,8 @@ class Bench:
 
     def at(self, cuts: Removals) -> ModelProto:
         """The model's graph without some channels; weights need not be those that are left."""
-        widths = {place: width(self.model.get_submodule(place[0]), place[1]) for place in cuts}
         try:
-            return narrowed(self.dense(), cuts, widths)  # type: ignore[arg-type] # a side is a string
+            return narrowed(self.dense(), cuts, channels_at(self.model, cuts))
         except FixedWidthsError:
             # A reshape to sizes that the module computes, for one: the graph has them as constants. Surgery proved
             # that the module fits, so it is exported anew, which takes longer.
@@ -191,7 +190,9 @@ class Bench:
         """
         cuts = configurations(draw, seed=seed)
         # How many channels a layer has is what costs, not which: the ranking of channels may change.
-        configs = [sorted((*place, len(removed)) for place, removed in cut.items()) for cut in cuts]
+        configs = [
+            sorted((name, str(side), len(removed)) for (name, side), removed in cut.items()) for cut in cuts
+        ]
         kinds = [f"{layer.name}: {layer.key}" for layer in self.layers()]
         identity = self._identity({"kinds": kinds, "configs": configs})
         stored = cache.load("latency", identity)

@@ -173,14 +173,22 @@ class LatencyTable:
         """Names of the kinds in it."""
         return tuple(dict.fromkeys(sample.kind for sample in self.samples))
 
+    @property
+    def untimed(self) -> tuple[str, ...]:
+        """Layers that the runtime told no time of: fused into others, whose times have it."""
+        timed = set(self.kinds)
+        return tuple(layer for layer, kind in self.layers.items() if kind not in timed)
+
     def cost(self, kind: str, width_in: npt.ArrayLike, width_out: npt.ArrayLike) -> FloatArray:
-        """Milliseconds of layers of one kind.
+        """Milliseconds of layers of one kind; 0 of those that are ``untimed``.
 
         Raises:
             ArtifactError: the table lacks this kind.
         """
         if kind not in self._fits:
             chosen = [sample for sample in self.samples if sample.kind == kind]
+            if not chosen and kind in self.layers.values():
+                return np.zeros(np.shape(width_in))
             if not chosen:
                 raise ArtifactError(
                     f'latency table: it has no layer "{kind}"; measure a table with this model: '

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from deploycnn.pruning.layers import Side, groups_of, is_grouped, width
+from deploycnn.pruning.splits import Split
 
 IntArray = npt.NDArray[np.int64]
 
@@ -28,6 +29,23 @@ class Member:
 
     layer: str
     side: Side
+    channels: IntArray
+    roots: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parting:
+    """A split whose parts lose channels with a group.
+
+    Attributes:
+        module: Name of the module that splits.
+        split: Where it has the sizes.
+        channels: Those of the tensor that is split, shape (M,).
+        roots: The group's channel that each one falls with, shape (M,).
+    """
+
+    module: str
+    split: Split
     channels: IntArray
     roots: IntArray
 
@@ -53,6 +71,8 @@ class ChannelGroup:
         members: All sides of layers that hold them.
         units: A partition of the channels. A stream that is narrower in one place than in another (by padding
             or concatenation) has several.
+        producers: Layers that make them.
+        partings: Splits of them whose sizes must follow.
     """
 
     name: str
@@ -60,6 +80,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     units: tuple[Unit, ...]
     producers: tuple[str, ...]
+    partings: tuple[Parting, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +100,33 @@ class Groups:
     protected: tuple[Protected, ...]
 
 
-def partition(size: int, members: Sequence[Member], modules: Mapping[str, nn.Module]) -> Iterator[Unit]:
+def partition(
+    size: int, members: Sequence[Member], partings: Sequence[Parting], modules: Mapping[str, nn.Module]
+) -> Iterator[Unit]:
     """Part the channels 0 .. size - 1 by the members that hold them, and tie those that fall together."""
     tied = np.arange(size)
+
+    def tie(channels: IntArray, roots: IntArray, period: int) -> None:
+        """Channels at the same place in each period fall together."""
+        for place in np.unique(channels % period):
+            together = np.unique(tied[roots[channels % period == place]])
+            tied[np.isin(tied, together)] = together[0]
+
     for member in members:
         layer = modules[member.layer]
         if is_grouped(layer):
-            size_in_group = width(layer, member.side) // groups_of(layer)
-            position = member.channels % size_in_group
-            for place in np.unique(position):
-                together = np.unique(tied[member.roots[position == place]])
-                tied[np.isin(tied, together)] = together[0]
-    held = np.zeros((len(members), size), dtype=np.bool_)
-    for row, member in enumerate(members):
-        held[row, member.roots] = True
+            tie(member.channels, member.roots, width(layer, member.side) // groups_of(layer))
+    holders = [member.roots for member in members]
+    for parting in partings:
+        module = modules[parting.module]
+        if parting.split.uniform:
+            tie(parting.channels, parting.roots, parting.split.sizes(module)[0])
+        else:
+            parts = parting.split.part(module, parting.channels)
+            holders += [parting.roots[parts == part] for part in np.unique(parts)]
+    held = np.zeros((len(holders), size), dtype=np.bool_)
+    for row, roots in enumerate(holders):
+        held[row, roots] = True
     atoms: dict[tuple[bytes, int], list[IntArray]] = {}
     for label in np.unique(tied):
         channels = np.flatnonzero(tied == label)

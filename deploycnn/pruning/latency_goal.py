@@ -172,6 +172,7 @@ class LatencyGoal:
             "table": {
                 "error": asdict(table.error) if table.error else None,
                 "environment": table.environment,
+                "untimed": list(table.untimed),
             },
             "layers": layer_rows(
                 model, self.layers, groups, found, kept.choice.solution, table, self._gone(kept.choice)
@@ -203,6 +204,9 @@ class LatencyGoal:
         """The outcome in a sentence."""
         threads = f"{table.threads} thread{'' if table.threads == 1 else 's'}"
         where = f"in {table.runtime}, {table.precision}, batch {table.batch_size}, {threads}"
+        if table.untimed:
+            more = f" and {len(table.untimed) - 3} more" if len(table.untimed) > 3 else ""
+            where += f" (which tells no time of {', '.join(table.untimed[:3])}{more} alone)"
         if not kept.races:
             return (
                 f"{kept.choice.predicted:.3f} of the dense latency predicted {where} ({self.ratio:g} asked for); not "

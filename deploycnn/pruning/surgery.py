@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from deploycnn.pruning.groups import ChannelGroup, IntArray
-from deploycnn.pruning.layers import BATCH_NORMS, MIXING, Side, remove_channels, zero_channels
+from deploycnn.pruning.layers import BATCH_NORMS, MIXING, Side, remove_channels, width, zero_channels
+from deploycnn.pruning.splits import RUN_ERRORS, Split
 from deploycnn.pruning.tracing import forward
 
-#: (layer, side) -> its channels to remove.
-Removals = Mapping[tuple[str, Side], IntArray]
+#: (layer, side), or (module, how it splits channels) -> its channels to remove.
+Removals = Mapping[tuple[str, Side | Split], IntArray]
 
 #: Largest difference to the masked model, relative to its largest output, in float64.
 TOLERANCE = 1e-7
@@ -27,25 +28,44 @@ TOLERANCE = 1e-7
 
 def removals(chosen: Sequence[tuple[ChannelGroup, IntArray]]) -> Removals:
     """What each layer loses when each group loses the given channels of its own."""
-    found: dict[tuple[str, Side], list[IntArray]] = {}
+    found: dict[tuple[str, Side | Split], list[IntArray]] = {}
+
+    def note(name: str, side: Side | Split, channels: IntArray) -> None:
+        if len(channels):
+            found.setdefault((name, side), []).append(channels)
+
     for group, roots in chosen:
         for member in group.members:
-            hit = member.channels[np.isin(member.roots, roots)]
-            if len(hit):
-                found.setdefault((member.layer, member.side), []).append(hit)
+            note(member.layer, member.side, member.channels[np.isin(member.roots, roots)])
+        for parting in group.partings:
+            note(parting.module, parting.split, parting.channels[np.isin(parting.roots, roots)])
     return {place: np.unique(np.concatenate(hits)) for place, hits in found.items()}
+
+
+def channels_at(model: nn.Module, cuts: Removals) -> dict[tuple[str, Side | Split], int]:
+    """Number of channels at each place that loses some, before it does."""
+    return {
+        (name, side): sum(side.sizes(module)) if isinstance(side, Split) else width(module, side)
+        for name, side in cuts
+        for module in (model.get_submodule(name),)
+    }
 
 
 def remove(model: nn.Module, cuts: Removals) -> None:
     """Remove channels in place."""
-    for (layer, side), channels in cuts.items():
-        remove_channels(model.get_submodule(layer), side, channels.tolist())
+    for (name, side), channels in cuts.items():
+        module = model.get_submodule(name)
+        if isinstance(side, Split):
+            side.remove(module, channels)
+        else:
+            remove_channels(module, side, channels.tolist())
 
 
 def silence(model: nn.Module, cuts: Removals) -> None:
     """Set channels to zero in place, where they are made and where they are read."""
     for (layer, side), channels in cuts.items():
-        zero_channels(model.get_submodule(layer), side, channels.tolist())
+        if not isinstance(side, Split):
+            zero_channels(model.get_submodule(layer), side, channels.tolist())
 
 
 def difference(
@@ -72,7 +92,7 @@ def difference(
         remove(pruned, cuts)
         with torch.no_grad():
             actual = forward(pruned, images, training_heads=training_heads)
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except RUN_ERRORS as error:
         # Whatever the forward pass of somebody else's model says about shapes that do not fit.
         return " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return _largest(expected, actual)

@@ -20,8 +20,9 @@ from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.models.cifar_resnet import PadShortcut
-from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Member, Protected, partition
+from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Member, Parting, Protected, partition
 from deploycnn.pruning.layers import SUPPORTED, Side, is_grouped, is_producer, width
+from deploycnn.pruning.splits import Split, map_parts, splits_of, watching
 
 #: How Torch-Pruning fails on graphs that it cannot follow.
 _GRAPH_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
@@ -117,12 +118,13 @@ def propose(model: nn.Module, images: Tensor, *, training_heads: bool, where: st
         if isinstance(layer, SUPPORTED)
     ]
     try:
-        graph.build_dependency(
-            model,
-            images,
-            forward_fn=lambda traced, inputs: forward(traced, inputs, training_heads=training_heads),
-            verbose=False,
-        )
+        with watching(model) as watch:
+            graph.build_dependency(
+                model,
+                images,
+                forward_fn=lambda traced, inputs: forward(traced, inputs, training_heads=training_heads),
+                verbose=False,
+            )
     except _GRAPH_ERRORS as error:
         raise PassRequirementError(
             f"{where}: Torch-Pruning cannot follow this model, so it is not known which channels depend on one another "
@@ -132,8 +134,9 @@ def propose(model: nn.Module, images: Tensor, *, training_heads: bool, where: st
         for hook in hooks:
             hook.remove()
         model.eval()
+    map_parts(graph, watch)
     repeated = {layer for layer, count in calls.items() if count > 1}
-    return _Reader(model, graph, repeated).read(), graph
+    return _Reader(model, graph, repeated, splits_of(model, images, watch)).read(), graph
 
 
 def forward(model: nn.Module, images: Tensor, *, training_heads: bool = False) -> tuple[Tensor, ...]:
@@ -190,13 +193,20 @@ def _ties(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 class _Reader:
     """Reads groups off a graph, each channel of each layer once."""
 
-    def __init__(self, model: nn.Module, graph: _Graph, repeated: set[nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: _Graph,
+        repeated: set[nn.Module],
+        splits: Mapping[object, tuple[str, Split]],
+    ) -> None:
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names = {module: name for name, module in self.modules.items()}
         self.order = {name: index for index, name in enumerate(self.modules)}
         self.graph = graph
         self.repeated = repeated
-        self.taken: set[tuple[str, Side, int]] = set()
+        self.splits = splits
+        self.taken: set[tuple[str, Side | Split, int]] = set()
         self.ties = _ties(self.modules)
 
     def read(self) -> Groups:
@@ -235,20 +245,28 @@ class _Reader:
             reason = f"Torch-Pruning cannot follow these channels ({type(error).__name__}: {error})"
             return Protected(layers=(root,), channels=len(channels), reason=reason)
         members = tuple(self._members(raw, channels))
+        partings = tuple(self._partings(raw, channels))
+        held: set[tuple[str, Side | Split, int]]
         held = {(m.layer, m.side, int(c)) for m in members for c in m.channels}
+        held |= {(p.module, p.split, int(c)) for p in partings for c in p.channels}
         layers = {member.layer for member in members if member.side == "out"} | {root}
         producers = tuple(
             sorted((n for n in layers if is_producer(self.modules[n])), key=self.order.__getitem__)
         )
-        why = self._why_not(raw, members)
+        why = self._why_not(raw, members, partings)
         if why is None and held & self.taken:
             why = "some of these channels belong to another group as well"
         self.taken |= held
         if why is not None:
             return Protected(layers=producers, channels=len(channels), reason=why)
-        units = tuple(partition(len(channels), members, self.modules))
+        units = tuple(partition(len(channels), members, partings, self.modules))
         return ChannelGroup(
-            name=producers[0], width=len(channels), members=members, units=units, producers=producers
+            name=producers[0],
+            width=len(channels),
+            members=members,
+            units=units,
+            producers=producers,
+            partings=partings,
         )
 
     def _members(self, group: tp.Group, channels: IntArray) -> Iterator[Member]:
@@ -267,7 +285,18 @@ class _Reader:
                 roots=np.searchsorted(channels, np.asarray(item.root_idxs, dtype=np.int64)),
             )
 
-    def _why_not(self, group: tp.Group, members: Sequence[Member]) -> str | None:
+    def _partings(self, group: tp.Group, channels: IntArray) -> Iterator[Parting]:
+        for item in group.items:
+            found = self.splits.get(getattr(item.dep.target, "grad_fn", None))
+            if found is not None and not any(root is None for root in item.root_idxs):
+                yield Parting(
+                    module=found[0],
+                    split=found[1],
+                    channels=np.asarray(item.idxs, dtype=np.int64),
+                    roots=np.searchsorted(channels, np.asarray(item.root_idxs, dtype=np.int64)),
+                )
+
+    def _why_not(self, group: tp.Group, members: Sequence[Member], partings: Sequence[Parting]) -> str | None:
         """Why a group cannot be pruned, as far as can be seen without trying."""
         for item in group.items:
             node = item.dep.target
@@ -290,6 +319,12 @@ class _Reader:
             if any(root is None for root in item.root_idxs):
                 return "Torch-Pruning cannot say which channels belong together"
         misfits = [self._misfit(member) for member in members]
+        misfits += [
+            f"they are only a part of what {parting.module} splits into equal parts"
+            for parting in partings
+            if parting.split.uniform
+            and len(parting.channels) != sum(parting.split.sizes(self.modules[parting.module]))
+        ]
         return next((why for why in misfits if why is not None), None)
 
     def _misfit(self, member: Member) -> str | None:

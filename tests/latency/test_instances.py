@@ -22,12 +22,15 @@ from deploycnn.profiling.stopwatch import RuntimeStopwatch
 from deploycnn.pruning import importance
 from deploycnn.pruning.allocation import ladders
 from deploycnn.pruning.latency_problem import draw
-from deploycnn.pruning.layers import width
 from deploycnn.pruning.structure import analyse
-from deploycnn.pruning.surgery import randomized, remove
+from deploycnn.pruning.surgery import channels_at, randomized, remove
+from tests.pruning import nets
 
 
-@pytest.mark.parametrize("build", [lambda: CifarResNet(8), lambda: SmallMobileNetV2(width=0.25)])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: CifarResNet(8), lambda: SmallMobileNetV2(width=0.25), nets.Parts, nets.Hierarchy],
+)
 def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 32, 32)
@@ -41,7 +44,7 @@ def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_
         ratios=[None] * len(groups),
     )
     cuts = draw(groups, found, np.random.default_rng(0))
-    widths = {place: width(model.get_submodule(place[0]), place[1]) for place in cuts}
+    widths = channels_at(model, cuts)
     dense = export_onnx(model, (3, 32, 32), opset=18)
     before = dense.SerializeToString()
     graph = narrowed(dense, cuts, widths)

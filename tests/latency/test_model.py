@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,12 @@ def test_a_table_without_a_key_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_layer_is_named() -> None:
     with pytest.raises(ArtifactError, match='no layer "c"'):
         table().cost("c", [8.0], [8.0])
+
+
+def test_a_layer_of_the_model_without_a_time_of_its_own_costs_nothing_and_is_told() -> None:
+    found = replace(table(), layers={"conv1": "a", "conv2": "b", "conv3": "c"})
+    assert found.untimed == ("conv3",)
+    np.testing.assert_array_equal(found.cost("c", [8.0, 4.0], [8.0, 4.0]), [0.0, 0.0])
 
 
 @pytest.mark.parametrize("block", [1, 4, 8, 16])

@@ -172,6 +172,43 @@ class Split(nn.Module):
         return self.fc(torch.relu(self.last(gated)).mean((2, 3)))
 
 
+class Parts(nn.Module):
+    """Parts of sizes that an attribute names, as in MixNet; two of them are joined again beside what others become."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (6, 10, 8)
+        self.stem = nn.Conv2d(3, 24, 1)
+        self.first = nn.Conv2d(6, 8, 1)
+        self.second = nn.Conv2d(10, 8, 3, padding=1)
+        self.last = nn.Conv2d(30, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second, third = torch.split(torch.relu(self.stem(images)), self.sizes, dim=1)
+        both = torch.cat([self.second(second), third, self.first(first), first], 1)
+        return self.fc(torch.relu(self.last(torch.relu(both))).mean((2, 3)))
+
+
+class Hierarchy(nn.Module):
+    """Parts of one size, each added to what became of the one before it, as in Res2Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = 8  # the same number, but not the one that the split reads
+        self.size = 8
+        self.stem = nn.Conv2d(3, 24, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(24, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = torch.relu(self.stem(images)).split(self.size, 1)
+        made = [self.convs[0](parts[0])]
+        made.append(self.convs[1](torch.relu(made[0] + parts[1])))
+        return self.fc(torch.relu(self.last(torch.cat([*made, parts[2]], 1))).mean((2, 3)))
+
+
 class Auxiliary(nn.Module):
     """A second head that runs in training mode only, as in GoogLeNet."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.models.cifar_resnet import CifarResNet, PadShortcut
+from deploycnn.models.delta import Delta, apply, difference, tensors
 from deploycnn.models.macs import count_macs, count_params
 from deploycnn.pruning import importance, pruner
 from deploycnn.pruning.costs import macs_by_layer
@@ -215,6 +217,22 @@ def test_a_gate_of_halves_computes_what_it_computes_silenced() -> None:
     assert record["widths"]["both"] == {"before": [16, 32], "after": [8, 16]}
     assert record["widths"]["last"]["after"][0] == 8
     assert model(nets.images(8)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("net", "attribute", "sizes"), [(nets.Parts, "sizes", (3, 5, 4)), (nets.Hierarchy, "size", 4)]
+)
+def test_sizes_of_parts_follow(net: type[nn.Module], attribute: str, sizes: object) -> None:
+    model = nets.lively(net())
+    cut(model, 8, pruning_ratio=0.5, round_to=1)
+    assert getattr(model, attribute) == sizes
+    assert model.stem.out_channels == 12
+    assert model(nets.images(8)).shape == (2, 5)
+    delta = difference(model, net())
+    assert delta.attributes[""] == {attribute: sizes}
+    again = net()
+    apply(Delta.from_json(json.loads(json.dumps(delta.to_json()))), again, tensors(model))
+    torch.testing.assert_close(again(nets.images(8)), model(nets.images(8)), rtol=0, atol=0)
 
 
 def test_model_keeps_no_trace_of_the_tools() -> None:

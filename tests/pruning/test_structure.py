@@ -102,7 +102,17 @@ def test_cifar_stream_runs_through_all_stages() -> None:
 
 
 @pytest.mark.parametrize(
-    "net", [nets.Chain, nets.Residual, nets.Concat, nets.Depthwise, nets.Grouped, lambda: CifarResNet(8)]
+    "net",
+    [
+        nets.Chain,
+        nets.Residual,
+        nets.Concat,
+        nets.Depthwise,
+        nets.Grouped,
+        nets.Parts,
+        nets.Hierarchy,
+        lambda: CifarResNet(8),
+    ],
 )
 def test_groups_partition_the_channels(net: type[nn.Module]) -> None:
     model = net()
@@ -134,6 +144,30 @@ def test_halves_of_a_gate_are_pruned_together() -> None:
     sizes = {group.name: unit_sizes(group) for group in structure.groups}
     assert sizes == {"stem": [(16, 1)], "both": [(16, 2)], "last": [(8, 1)]}
     assert structure.groups[1].units[0].atoms.tolist() == [[c, c + 16] for c in range(16)]
+
+
+def test_parts_of_named_sizes_are_pruned_each_by_itself() -> None:
+    structure = analyse(nets.Parts(), nets.images())
+    groups = {group.name: group for group in structure.groups}
+    assert groups.keys() == {"stem", "first", "second", "last"}
+    assert unit_sizes(groups["stem"]) == [(6, 1), (8, 1), (10, 1)]
+    (parting,) = groups["stem"].partings
+    assert (parting.module, parting.split.attribute, parting.split.uniform) == ("", "sizes", False)
+    (joined,) = (member for member in groups["stem"].members if member.layer == "last")
+    # Of the concatenation 8 .. 15 is the third part, 24 .. 29 the first.
+    assert dict(zip(joined.channels.tolist(), joined.roots.tolist(), strict=True)) == dict(
+        zip([*range(8, 16), *range(24, 30)], [*range(16, 24), *range(6)], strict=True)
+    )
+
+
+def test_parts_of_one_named_size_lose_the_same_number() -> None:
+    structure = analyse(nets.Hierarchy(), nets.images())
+    groups = {group.name: group for group in structure.groups}
+    assert groups.keys() == {"stem", "convs.1", "last"}
+    assert groups["stem"].producers == ("stem", "convs.0")
+    assert groups["stem"].units[0].atoms.tolist() == [[c, c + 8, c + 16] for c in range(8)]
+    (parting,) = groups["stem"].partings
+    assert (parting.split.attribute, parting.split.parts, parting.split.uniform) == ("size", 3, True)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ NETS = [
     nets.Grouped,
     nets.Shuffle,
     nets.Awkward,
+    nets.Parts,
+    nets.Hierarchy,
     lambda: CifarResNet(14),
 ]
 

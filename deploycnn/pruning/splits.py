@@ -1,0 +1,227 @@
+"""Splits of channels: which channel is in which part, and where a model has the sizes of parts.
+
+``torch.split(x, self.sizes, dim=1)``, as in Res2Net and MixNet, says how wide the parts are in numbers that belong to
+no layer: pruning changes them with the channels. Which attribute a split reads is found by watching the model run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch_pruning import ops
+from torch_pruning.dependency.index_mapping import _SplitIndexMapping
+
+from deploycnn.models.delta import plain_attributes
+
+#: How forward passes fail on shapes that do not fit.
+RUN_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """An attribute of a module: the sizes of the parts that it splits channels into, or the one size of all parts.
+
+    Attributes:
+        attribute: Its name.
+        parts: How many there are.
+        uniform: One number, the size of every part.
+    """
+
+    attribute: str
+    parts: int
+    uniform: bool
+
+    def __str__(self) -> str:
+        """For keys, beside the sides of layers."""
+        return f"split {self.attribute}"
+
+    def sizes(self, module: nn.Module) -> list[int]:
+        """Channels of each part."""
+        value: Any = getattr(module, self.attribute)
+        return [int(value)] * self.parts if self.uniform else [int(size) for size in value]
+
+    def part(self, module: nn.Module, channels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The part in which each channel lies."""
+        return np.searchsorted(np.cumsum(self.sizes(module)), channels, side="right").astype(np.int64)
+
+    def remove(self, module: nn.Module, channels: npt.NDArray[np.int64]) -> None:
+        """Make the parts as much smaller as channels are taken from them.
+
+        Raises:
+            ValueError: parts of one size would lose different numbers.
+        """
+        lost = np.bincount(self.part(module, channels), minlength=self.parts)
+        left = [size - int(count) for size, count in zip(self.sizes(module), lost, strict=True)]
+        if self.uniform and len(set(left)) > 1:
+            raise ValueError(f"parts of one size would have {left} channels")
+        before = getattr(module, self.attribute)
+        setattr(module, self.attribute, left[0] if self.uniform else type(before)(left))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A split that ran: in which module, with which sizes, and what autograd knows it as."""
+
+    module: str
+    sizes: int | tuple[int, ...]
+    parts: int
+    node: object
+
+
+class Watch(TorchFunctionMode):
+    """Notes the splits and concatenations of a model that runs inside ``watching``.
+
+    Attributes:
+        calls: Splits, in the order in which they ran.
+        joined: Autograd's node of a concatenation of channels -> channels of its inputs, as far as autograd knows them.
+        running: Names of the modules that run now, the innermost last.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has run."""
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.joined: dict[object, list[int]] = {}
+        self.running: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``, and note it if it splits or joins."""
+        found = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in {"cat", "concat", "concatenate"} and found.dim() > 1 and found.grad_fn is not None:
+            tensors = args[0] if args else (kwargs or {})["tensors"]
+            widths = [tensor.shape[1] for tensor in tensors]
+            if sum(widths) == found.shape[1]:
+                self.joined[found.grad_fn] = [
+                    width for width, tensor in zip(widths, tensors, strict=True) if tensor.requires_grad
+                ]
+        if name in {"split", "split_with_sizes"} and self.running:
+            sizes = [
+                *args[1:2],
+                *(value for key, value in (kwargs or {}).items() if key.startswith("split_size")),
+            ][0]
+            plain = int(sizes) if isinstance(sizes, int) else tuple(int(size) for size in sizes)
+            self.calls.append(_Call(self.running[-1], plain, len(found), found[0].grad_fn))
+        return found
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Watch]:
+    """Watch ``model`` while it runs in the block."""
+    watch = Watch()
+
+    def enter(name: str) -> Any:
+        return lambda *_: watch.running.append(name)
+
+    def leave(*_: object) -> None:
+        watch.running.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks += [
+            module.register_forward_pre_hook(enter(name)),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    try:
+        with watch:
+            yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def splits_of(model: nn.Module, images: Tensor, watch: Watch) -> dict[object, tuple[str, Split]]:
+    """Autograd's node -> the module and the attribute that says the sizes, where one does.
+
+    Args:
+        model: As it was watched; left as it is.
+        images: (N, C, H, W).
+        watch: What it did.
+    """
+    found = {}
+    for call in watch.calls:
+        module = model.get_submodule(call.module)
+        candidates = list(_candidates(module, call))
+        if len(candidates) > 1:
+            candidates = [split for split in candidates if _drives(model, images, call, split)]
+        if len(candidates) == 1:
+            found[call.node] = (call.module, candidates[0])
+    return found
+
+
+def _candidates(module: nn.Module, call: _Call) -> Iterator[Split]:
+    """Attributes that have the sizes as their value."""
+    sizes = (call.sizes,) * call.parts if isinstance(call.sizes, int) else call.sizes
+    for name, value in plain_attributes(module).items():
+        if isinstance(value, list | tuple) and tuple(value) == sizes and not isinstance(call.sizes, int):
+            yield Split(name, call.parts, uniform=False)
+        elif isinstance(value, int) and not isinstance(value, bool) and set(sizes) == {value}:
+            yield Split(name, call.parts, uniform=True)
+
+
+def _drives(model: nn.Module, images: Tensor, call: _Call, split: Split) -> bool:
+    """Whether the split has other sizes when the attribute has another value."""
+    module = model.get_submodule(call.module)
+    before: Any = getattr(module, split.attribute)
+    sizes = split.sizes(module)
+    other = sizes[0] + 1 if split.uniform else type(before)([sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1])
+    setattr(module, split.attribute, other)
+    try:
+        with watching(model) as watch, torch.no_grad():
+            model(images)
+    except RUN_ERRORS:
+        pass  # other sizes need not fit: the split ran before
+    finally:
+        setattr(module, split.attribute, before)
+    return any(again.module == call.module and again.sizes != call.sizes for again in watch.calls)
+
+
+def map_parts(graph: tp.DependencyGraph, watch: Watch) -> None:
+    """Tell Torch-Pruning which part of a split each reader has, and how wide the inputs of concatenations are.
+
+    It takes the order in which it comes across readers for that of the parts, and guesses widths from layers around;
+    autograd knows the numbers of parts, and ``watch`` saw the widths.
+    """
+    for node in graph.module2node.values():
+        if node.type == ops.OPTYPE.CONCAT and len(watch.joined.get(node.grad_fn, ())) == len(node.inputs):
+            node.module.concat_sizes = watch.joined[node.grad_fn]
+        sizes = _sizes(node.grad_fn) if node.type == ops.OPTYPE.SPLIT else None
+        if sizes is None:
+            continue
+        node.module.offsets = None  # else it maps them anew for every group
+        borders = [0, *accumulate(sizes)]
+        for reader in dict.fromkeys(node.outputs):
+            read = [
+                part for maker, part in getattr(reader.grad_fn, "next_functions", ()) if maker is node.grad_fn
+            ]
+            there = [edge for edge in node.dependencies if edge.target is reader]
+            back = [edge for edge in reader.dependencies if edge.target is node]
+            if len(read) == len(there) == len(back):
+                for part, one, other in zip(read, there, back, strict=True):
+                    span = borders[part : part + 2]
+                    one.index_mapping[0] = _SplitIndexMapping(offset=span, reverse=False)
+                    other.index_mapping[0] = _SplitIndexMapping(offset=span, reverse=True)
+
+
+def _sizes(node: Any) -> list[int] | None:
+    """Channels of each part of a split along the channels, as autograd has it; ``None`` of another split."""
+    shape = getattr(node, "_saved_self_sym_sizes", None)
+    if shape is None or node._saved_dim % (1 << 64) not in {1, (1 - len(shape)) % (1 << 64)}:  # noqa: SLF001
+        return None
+    named = getattr(node, "_saved_split_sizes", None)
+    if named is not None:
+        return [int(size) for size in named]
+    size = int(node._saved_split_size)  # noqa: SLF001 - as are the others, for which there is no other way
+    return [min(size, shape[1] - start) for start in range(0, shape[1], size)]
