@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
 import onnx
-from onnx import ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from deploycnn.graph.model import opset_of, subgraphs
 
@@ -37,10 +37,35 @@ def _names_of(model: ModelProto) -> set[str]:
     return {node.name for node in model.graph.node if node.name}
 
 
-def _module_path(node: NodeProto, parameters: Set[str]) -> str:
+def _module_paths(graph: GraphProto, parameters: Set[str]) -> list[str]:
+    """The module each node belongs to; one that the exporter put in (``Split``) to where all that read it are."""
+    paths = [_module_path(node, parameters) for node in graph.node]
+    readers: dict[str, list[int]] = {}
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            readers.setdefault(name, []).append(index)
+    for index in reversed(range(len(paths))):
+        if paths[index] is None:
+            read_by = {other for name in graph.node[index].output for other in readers.get(name, ())}
+            paths[index] = _common([paths[other] or "" for other in read_by])
+    return [path or "" for path in paths]
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The innermost module that holds all of these."""
+    first, *others = [path.split(".") for path in paths] or [[""]]
+    depth = next(
+        (at for at, part in enumerate(first) if any(other[at : at + 1] != [part] for other in others)),
+        len(first),
+    )
+    return ".".join(first[:depth])
+
+
+def _module_path(node: NodeProto, parameters: Set[str]) -> str | None:
     """The module a node belongs to; for a layer with weights, the module that owns the weight.
 
-    Folding gives a convolution the scope of its batch norm, so the weight's name is the better witness.
+    Folding gives a convolution the scope of its batch norm, so the weight's name is the better witness. ``None``: the
+    exporter did not note it.
     """
     for name in node.input[1:]:
         if name in parameters:
@@ -49,7 +74,7 @@ def _module_path(node: NodeProto, parameters: Set[str]) -> str:
         if entry.key == SCOPES:
             scopes: list[str] = ast.literal_eval(entry.value)
             return scopes[-2] if len(scopes) > 1 else ""
-    return ""
+    return None
 
 
 def _formal_inputs(node: NodeProto, opset: int) -> list[str]:
@@ -75,8 +100,7 @@ def rename_after_modules(model: ModelProto, parameters: Iterable[str]) -> None:
     taken_nodes: set[str] = set()
     taken_values = fixed | known
     renamed: dict[str, str] = {}
-    for node in graph.node:
-        path = _module_path(node, known)
+    for node, path in zip(graph.node, _module_paths(graph, known), strict=True):
         node.name = unique(f"{path}/{node.op_type}" if path else node.op_type, taken_nodes)
         taken_nodes.add(node.name)
         formals = _formal_inputs(node, opset)

@@ -20,7 +20,7 @@ class Export(Pass):
 
     consumes: ClassVar[Format | None] = "torch"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     gives_precision: ClassVar[str | None] = "fp32"
 
     opset: Annotated[

@@ -6,17 +6,17 @@ no layer: pruning changes them with the channels. Which attribute a split reads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch_pruning import ops
 from torch_pruning.dependency.index_mapping import _SplitIndexMapping
@@ -29,17 +29,23 @@ RUN_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeEr
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """An attribute of a module: the sizes of the parts that it splits channels into, or the one size of all parts.
+    """An attribute of a module that tells how it splits channels.
 
     Attributes:
         attribute: Its name.
         parts: How many there are.
-        uniform: One number, the size of every part.
+        tells: What its value is: the size of each part, the one size of all, or how many channels the equal parts have
+            together.
     """
 
     attribute: str
     parts: int
-    uniform: bool
+    tells: Literal["sizes", "size", "total"]
+
+    @property
+    def uniform(self) -> bool:
+        """All parts have one size."""
+        return self.tells != "sizes"
 
     def __str__(self) -> str:
         """For keys, beside the sides of layers."""
@@ -48,31 +54,39 @@ class Split:
     def sizes(self, module: nn.Module) -> list[int]:
         """Channels of each part."""
         value: Any = getattr(module, self.attribute)
-        return [int(value)] * self.parts if self.uniform else [int(size) for size in value]
+        if self.tells == "sizes":
+            return [int(size) for size in value]
+        return [int(value) // (self.parts if self.tells == "total" else 1)] * self.parts
 
     def part(self, module: nn.Module, channels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The part in which each channel lies."""
         return np.searchsorted(np.cumsum(self.sizes(module)), channels, side="right").astype(np.int64)
 
-    def remove(self, module: nn.Module, channels: npt.NDArray[np.int64]) -> None:
-        """Make the parts as much smaller as channels are taken from them.
+    def resize(self, module: nn.Module, sizes: Sequence[int]) -> None:
+        """Give the parts other sizes.
 
         Raises:
-            ValueError: parts of one size would lose different numbers.
+            ValueError: parts of one size would have different ones.
         """
+        if self.tells == "sizes":
+            setattr(module, self.attribute, type(getattr(module, self.attribute))(sizes))
+            return
+        if len(set(sizes)) > 1:
+            raise ValueError(f"parts of one size would have {list(sizes)} channels")
+        setattr(module, self.attribute, sum(sizes) if self.tells == "total" else sizes[0])
+
+    def remove(self, module: nn.Module, channels: npt.NDArray[np.int64]) -> None:
+        """Make the parts as much smaller as channels are taken from them; raises as ``resize`` does."""
         lost = np.bincount(self.part(module, channels), minlength=self.parts)
-        left = [size - int(count) for size, count in zip(self.sizes(module), lost, strict=True)]
-        if self.uniform and len(set(left)) > 1:
-            raise ValueError(f"parts of one size would have {left} channels")
-        before = getattr(module, self.attribute)
-        setattr(module, self.attribute, left[0] if self.uniform else type(before)(left))
+        self.resize(module, [size - int(count) for size, count in zip(self.sizes(module), lost, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A split that ran: in which module, with which sizes, and what autograd knows it as."""
+    """A split that ran: in which module and on what that ran, with which sizes, and what autograd knows it as."""
 
     module: str
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
     sizes: int | tuple[int, ...]
     parts: int
     node: object
@@ -84,7 +98,7 @@ class Watch(TorchFunctionMode):
     Attributes:
         calls: Splits, in the order in which they ran.
         joined: Autograd's node of a concatenation of channels -> channels of its inputs, as far as autograd knows them.
-        running: Names of the modules that run now, the innermost last.
+        running: Names and inputs of the modules that run now, the innermost last.
     """
 
     def __init__(self) -> None:
@@ -92,7 +106,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.calls: list[_Call] = []
         self.joined: dict[object, list[int]] = {}
-        self.running: list[str] = []
+        self.running: list[tuple[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -113,7 +127,7 @@ class Watch(TorchFunctionMode):
                 *(value for key, value in (kwargs or {}).items() if key.startswith("split_size")),
             ][0]
             plain = int(sizes) if isinstance(sizes, int) else tuple(int(size) for size in sizes)
-            self.calls.append(_Call(self.running[-1], plain, len(found), found[0].grad_fn))
+            self.calls.append(_Call(*self.running[-1], plain, len(found), found[0].grad_fn))
         return found
 
 
@@ -123,7 +137,7 @@ def watching(model: nn.Module) -> Iterator[Watch]:
     watch = Watch()
 
     def enter(name: str) -> Any:
-        return lambda *_: watch.running.append(name)
+        return lambda _, args, kwargs: watch.running.append((name, (args, kwargs)))
 
     def leave(*_: object) -> None:
         watch.running.pop()
@@ -131,7 +145,7 @@ def watching(model: nn.Module) -> Iterator[Watch]:
     hooks = []
     for name, module in model.named_modules():
         hooks += [
-            module.register_forward_pre_hook(enter(name)),
+            module.register_forward_pre_hook(enter(name), with_kwargs=True),
             module.register_forward_hook(leave, always_call=True),
         ]
     try:
@@ -142,50 +156,52 @@ def watching(model: nn.Module) -> Iterator[Watch]:
             hook.remove()
 
 
-def splits_of(model: nn.Module, images: Tensor, watch: Watch) -> dict[object, tuple[str, Split]]:
+def splits_of(model: nn.Module, watch: Watch) -> dict[object, tuple[str, Split]]:
     """Autograd's node -> the module and the attribute that says the sizes, where one does.
 
     Args:
         model: As it was watched; left as it is.
-        images: (N, C, H, W).
         watch: What it did.
     """
     found = {}
     for call in watch.calls:
         module = model.get_submodule(call.module)
-        candidates = list(_candidates(module, call))
-        if len(candidates) > 1:
-            candidates = [split for split in candidates if _drives(model, images, call, split)]
-        if len(candidates) == 1:
-            found[call.node] = (call.module, candidates[0])
+        for split in _candidates(module, call):
+            if _drives(module, call, split):
+                found[call.node] = (call.module, split)
+                break
     return found
 
 
 def _candidates(module: nn.Module, call: _Call) -> Iterator[Split]:
-    """Attributes that have the sizes as their value."""
+    """Attributes that may say the sizes."""
     sizes = (call.sizes,) * call.parts if isinstance(call.sizes, int) else call.sizes
     for name, value in plain_attributes(module).items():
-        if isinstance(value, list | tuple) and tuple(value) == sizes and not isinstance(call.sizes, int):
-            yield Split(name, call.parts, uniform=False)
-        elif isinstance(value, int) and not isinstance(value, bool) and set(sizes) == {value}:
-            yield Split(name, call.parts, uniform=True)
+        if isinstance(value, list | tuple):
+            if tuple(value) == sizes and not isinstance(call.sizes, int):
+                yield Split(name, call.parts, "sizes")
+        elif isinstance(value, int) and not isinstance(value, bool) and len(set(sizes)) == 1:
+            if value == sizes[0]:
+                yield Split(name, call.parts, "size")
+            elif value == sum(sizes):
+                yield Split(name, call.parts, "total")
 
 
-def _drives(model: nn.Module, images: Tensor, call: _Call, split: Split) -> bool:
-    """Whether the split has other sizes when the attribute has another value."""
-    module = model.get_submodule(call.module)
-    before: Any = getattr(module, split.attribute)
-    sizes = split.sizes(module)
-    other = sizes[0] + 1 if split.uniform else type(before)([sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1])
-    setattr(module, split.attribute, other)
+def _drives(module: nn.Module, call: _Call, split: Split) -> bool:
+    """Whether the split has other sizes when the attribute says so."""
+    before, sizes = getattr(module, split.attribute), split.sizes(module)
+    split.resize(
+        module, [size + 1 for size in sizes] if split.uniform else [sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1]
+    )
+    args, kwargs = call.inputs
     try:
-        with watching(model) as watch, torch.no_grad():
-            model(images)
+        with watching(module) as watch, torch.no_grad():
+            module(*args, **kwargs)
     except RUN_ERRORS:
         pass  # other sizes need not fit: the split ran before
     finally:
         setattr(module, split.attribute, before)
-    return any(again.module == call.module and again.sizes != call.sizes for again in watch.calls)
+    return any(not again.module and again.sizes != call.sizes for again in watch.calls)
 
 
 def map_parts(graph: tp.DependencyGraph, watch: Watch) -> None:

@@ -136,7 +136,7 @@ def propose(model: nn.Module, images: Tensor, *, training_heads: bool, where: st
         model.eval()
     map_parts(graph, watch)
     repeated = {layer for layer, count in calls.items() if count > 1}
-    return _Reader(model, graph, repeated, splits_of(model, images, watch)).read(), graph
+    return _Reader(model, graph, repeated, splits_of(model, watch)).read(), graph
 
 
 def forward(model: nn.Module, images: Tensor, *, training_heads: bool = False) -> tuple[Tensor, ...]:

@@ -81,6 +81,23 @@ def test_the_graph_is_folded_clean_and_readable(exported: onnx.ModelProto) -> No
     )
 
 
+def test_nodes_that_the_exporter_puts_in_are_named_after_the_module_that_reads_them() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Conv2d(2, 4, 1)
+            self.right = nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = torch.split(x, [2, 6], 1)
+            return self.left(left) + self.right(right)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(Halves(), nn.ReLU()), nn.Flatten())
+    names = [node.name for node in export_onnx(model.eval(), (3, 4, 4), opset=18).graph.node]
+    assert "1.0/Split" in names
+    assert "1.0.right/Conv" in names
+
+
 def test_nothing_of_this_machine_gets_into_the_file_and_bytes_repeat(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

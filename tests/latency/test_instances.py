@@ -29,7 +29,12 @@ from tests.pruning import nets
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: CifarResNet(8), lambda: SmallMobileNetV2(width=0.25), nets.Parts, nets.Hierarchy],
+    [
+        lambda: CifarResNet(8),
+        lambda: SmallMobileNetV2(width=0.25),
+        lambda: nn.Sequential(nets.Parts()),
+        nets.Hierarchy,
+    ],
 )
 def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -155,6 +155,7 @@ class Split(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
+        self.width = 32  # nothing reads it
         self.stem = nn.Conv2d(3, 16, 1)
         self.both = nn.Conv2d(16, 32, 3, padding=1)
         self.mask = nn.Conv2d(16, 1, 1)
@@ -193,17 +194,18 @@ class Parts(nn.Module):
 class Hierarchy(nn.Module):
     """Parts of one size, each added to what became of the one before it, as in Res2Net."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, total: bool = False) -> None:
         super().__init__()
         self.kernel = 8  # the same number, but not the one that the split reads
-        self.size = 8
+        self.size = 24 if total else 8
+        self.total = total
         self.stem = nn.Conv2d(3, 24, 1)
         self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
         self.last = nn.Conv2d(24, 8, 1)
         self.fc = nn.Linear(8, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        parts = torch.relu(self.stem(images)).split(self.size, 1)
+        parts = torch.relu(self.stem(images)).split(self.size // 3 if self.total else self.size, 1)
         made = [self.convs[0](parts[0])]
         made.append(self.convs[1](torch.relu(made[0] + parts[1])))
         return self.fc(torch.relu(self.last(torch.cat([*made, parts[2]], 1))).mean((2, 3)))

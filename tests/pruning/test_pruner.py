@@ -220,9 +220,14 @@ def test_a_gate_of_halves_computes_what_it_computes_silenced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("net", "attribute", "sizes"), [(nets.Parts, "sizes", (3, 5, 4)), (nets.Hierarchy, "size", 4)]
+    ("net", "attribute", "sizes"),
+    [
+        (nets.Parts, "sizes", (3, 5, 4)),
+        (nets.Hierarchy, "size", 4),
+        (lambda: nets.Hierarchy(total=True), "size", 12),
+    ],
 )
-def test_sizes_of_parts_follow(net: type[nn.Module], attribute: str, sizes: object) -> None:
+def test_sizes_of_parts_follow(net: Callable[[], nn.Module], attribute: str, sizes: object) -> None:
     model = nets.lively(net())
     cut(model, 8, pruning_ratio=0.5, round_to=1)
     assert getattr(model, attribute) == sizes

@@ -12,6 +12,7 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.layers import width
+from deploycnn.pruning.splits import Split
 from deploycnn.pruning.structure import Structure, analyse, shrunk
 from tests.pruning import nets
 
@@ -144,6 +145,7 @@ def test_halves_of_a_gate_are_pruned_together() -> None:
     sizes = {group.name: unit_sizes(group) for group in structure.groups}
     assert sizes == {"stem": [(16, 1)], "both": [(16, 2)], "last": [(8, 1)]}
     assert structure.groups[1].units[0].atoms.tolist() == [[c, c + 16] for c in range(16)]
+    assert structure.groups[1].partings == ()
 
 
 def test_parts_of_named_sizes_are_pruned_each_by_itself() -> None:
@@ -152,7 +154,7 @@ def test_parts_of_named_sizes_are_pruned_each_by_itself() -> None:
     assert groups.keys() == {"stem", "first", "second", "last"}
     assert unit_sizes(groups["stem"]) == [(6, 1), (8, 1), (10, 1)]
     (parting,) = groups["stem"].partings
-    assert (parting.module, parting.split.attribute, parting.split.uniform) == ("", "sizes", False)
+    assert (parting.module, parting.split) == ("", Split("sizes", 3, "sizes"))
     (joined,) = (member for member in groups["stem"].members if member.layer == "last")
     # Of the concatenation 8 .. 15 is the third part, 24 .. 29 the first.
     assert dict(zip(joined.channels.tolist(), joined.roots.tolist(), strict=True)) == dict(
@@ -160,14 +162,15 @@ def test_parts_of_named_sizes_are_pruned_each_by_itself() -> None:
     )
 
 
-def test_parts_of_one_named_size_lose_the_same_number() -> None:
-    structure = analyse(nets.Hierarchy(), nets.images())
+@pytest.mark.parametrize("total", [False, True])
+def test_parts_of_one_named_size_lose_the_same_number(*, total: bool) -> None:
+    structure = analyse(nets.Hierarchy(total=total), nets.images())
     groups = {group.name: group for group in structure.groups}
     assert groups.keys() == {"stem", "convs.1", "last"}
     assert groups["stem"].producers == ("stem", "convs.0")
     assert groups["stem"].units[0].atoms.tolist() == [[c, c + 8, c + 16] for c in range(8)]
     (parting,) = groups["stem"].partings
-    assert (parting.split.attribute, parting.split.parts, parting.split.uniform) == ("size", 3, True)
+    assert parting.split == Split("size", 3, "total" if total else "size")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ NETS = [
     nets.Awkward,
     nets.Parts,
     nets.Hierarchy,
+    lambda: nets.Hierarchy(total=True),
     lambda: CifarResNet(14),
 ]
 
