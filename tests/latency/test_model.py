@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+from deploycnn.core import Speed
 from deploycnn.errors import ArtifactError
-from deploycnn.latency.model import LatencyTable, Sample, fit, load_table
+from deploycnn.latency import steps
+from deploycnn.latency.model import Kind, LatencyTable, Sample, fit, load_table
 from deploycnn.latency.steps import step_of
 
 
@@ -120,3 +123,45 @@ def test_one_disturbed_width_among_few_does_not_halve_the_step() -> None:
 
 def test_a_slow_path_off_the_block_does_not_make_the_step_larger() -> None:
     assert step_of({width: width * (1.0 if width % 8 == 0 else 1.8) for width in range(8, 41)}) == 8
+
+
+class Blocks:
+    """A stopwatch of a machine that works on 8 channels at once, 10 GMAC/s, and takes 5 us for each node."""
+
+    runtime = "onnxruntime:cpu"
+
+    def race(
+        self, models: dict[str, Path], *, batch_size: int, threads: int, budget_s: float
+    ) -> dict[str, Speed]:
+        del batch_size, threads, budget_s
+        ms = {name: self._ms(onnx.load(str(path)).graph) for name, path in models.items()}
+        first = next(iter(ms.values()))
+        return {
+            name: Speed(median_ms=value, ratio=first / value, low=0.0, high=0.0) for name, value in ms.items()
+        }
+
+    def _ms(self, graph: onnx.GraphProto) -> float:
+        pixels = np.prod([axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim[2:]])
+        weights = [tensor.dims for tensor in graph.initializer if len(tensor.dims) == 4]
+        macs = sum(
+            pixels * -(-outer // 8) * 8 * -(-inner // 8) * 8 * height * width
+            for outer, inner, height, width in weights
+        )
+        return float(macs / 1e7 + 0.005 * len(graph.node))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("side", [2, 4, 32])
+def test_small_maps_do_not_hide_the_step(kernel: int, side: int) -> None:
+    """Where nodes cost more than channels, any rounding would seem to be free."""
+    kind = Kind(
+        op="conv",
+        kernel=(kernel, kernel),
+        stride=(1, 1),
+        groups="1",
+        inputs=(side, side),
+        outputs=(side, side),
+        tail=(),
+        widest=(240, 240),
+    )
+    assert steps.find([kind], Blocks(), batch_size=1, threads=1) == 8
