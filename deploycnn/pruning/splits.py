@@ -116,8 +116,8 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in {"cat", "concat", "concatenate"} and found.dim() > 1 and found.grad_fn is not None:
             tensors = args[0] if args else (kwargs or {})["tensors"]
-            widths = [tensor.shape[1] for tensor in tensors]
-            if sum(widths) == found.shape[1]:
+            widths = [tensor.shape[1] for tensor in tensors if tensor.dim() > 1]
+            if len(widths) == len(tensors) and sum(widths) == found.shape[1]:
                 self.joined[found.grad_fn] = [
                     width for width, tensor in zip(widths, tensors, strict=True) if tensor.requires_grad
                 ]
@@ -126,7 +126,7 @@ class Watch(TorchFunctionMode):
                 *args[1:2],
                 *(value for key, value in (kwargs or {}).items() if key.startswith("split_size")),
             ][0]
-            plain = int(sizes) if isinstance(sizes, int) else tuple(int(size) for size in sizes)
+            plain = tuple(map(int, sizes)) if isinstance(sizes, list | tuple) else int(sizes)
             self.calls.append(_Call(*self.running[-1], plain, len(found), found[0].grad_fn))
         return found
 
@@ -144,6 +144,8 @@ def watching(model: nn.Module) -> Iterator[Watch]:
 
     hooks = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks
         hooks += [
             module.register_forward_pre_hook(enter(name), with_kwargs=True),
             module.register_forward_hook(leave, always_call=True),
@@ -165,6 +167,8 @@ def splits_of(model: nn.Module, watch: Watch) -> dict[object, tuple[str, Split]]
     """
     found = {}
     for call in watch.calls:
+        if _sizes(call.node) is None:
+            continue  # of rows, say
         module = model.get_submodule(call.module)
         for split in _candidates(module, call):
             if _drives(module, call, split):

@@ -191,6 +191,22 @@ class Parts(nn.Module):
         return self.fc(torch.relu(self.last(torch.relu(both))).mean((2, 3)))
 
 
+class Rows(nn.Module):
+    """Splits rows by an attribute: no channels depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [6, 10]
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.last = nn.Conv2d(16, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        above, below = torch.relu(self.stem(images)).split(self.sizes, dim=2)
+        both = torch.cat([torch.cat([torch.empty(0), below]), above], dim=2)
+        return self.fc(torch.relu(self.last(both)).mean((2, 3)))
+
+
 class Hierarchy(nn.Module):
     """Parts of one size, each added to what became of the one before it, as in Res2Net."""
 

@@ -162,6 +162,15 @@ def test_parts_of_named_sizes_are_pruned_each_by_itself() -> None:
     )
 
 
+def test_splits_of_rows_are_none_of_channels() -> None:
+    structure = analyse(nets.Rows(), nets.images(16))
+    assert {group.name: unit_sizes(group) for group in structure.groups} == {
+        "stem": [(16, 1)],
+        "last": [(8, 1)],
+    }
+    assert all(not group.partings for group in structure.groups)
+
+
 @pytest.mark.parametrize("total", [False, True])
 def test_parts_of_one_named_size_lose_the_same_number(*, total: bool) -> None:
     structure = analyse(nets.Hierarchy(total=total), nets.images())
