@@ -25,8 +25,9 @@ import torch
 import deploycnn
 from deploycnn.api import load_recipe
 from deploycnn.graph.model import save_onnx
-from deploycnn.latency.measure import Bench, widths_after
+from deploycnn.latency.measure import Bench
 from deploycnn.latency.model import LatencyTable
+from deploycnn.latency.samples import widths_after
 from deploycnn.latency_tables import load
 from deploycnn.profiling.stopwatch import RuntimeStopwatch
 from deploycnn.pruning import importance

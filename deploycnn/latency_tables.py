@@ -46,7 +46,8 @@ def measure_table(
     """
     import torch
 
-    from deploycnn.latency.measure import Bench, configurations
+    from deploycnn.latency.measure import Bench
+    from deploycnn.latency.samples import configurations
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
     from deploycnn.pruning.allocation import ladders
     from deploycnn.pruning.importance import random

@@ -19,17 +19,15 @@ from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import save_onnx
 from deploycnn.latency import steps
 from deploycnn.latency.instances import FixedWidthsError, narrowed
-from deploycnn.latency.layers import Layer, layer_sums, layers_of, with_tails
+from deploycnn.latency.layers import Layer, layers_of, with_tails
 from deploycnn.latency.model import SCHEMA, LatencyTable, Sample, table_of
 from deploycnn.latency.quantized import quantized
-from deploycnn.pruning.layers import is_depthwise, width
+from deploycnn.latency.samples import configurations, samples_of
 from deploycnn.pruning.surgery import Removals, channels_at, remove, sharing
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-#: Random configurations that are profiled and raced.
-CONFIGS = 32
 #: Times that each configuration is profiled, far apart: a neighbour disturbs one of them only.
 REPEATS = 2
 #: Times that the first model of a race, with which all are compared, takes part in it.
@@ -305,44 +303,3 @@ def parts(sizes: Sequence[int], most: int) -> list[list[int]]:
         found[-1].append(index)
         held += size
     return found
-
-
-def configurations(draw: Callable[[np.random.Generator], Removals], *, seed: int = 0) -> list[Removals]:
-    """Random width configurations to measure a table from.
-
-    Args:
-        draw: Makes one.
-        seed: Of all.
-    """
-    generator = np.random.default_rng(seed)
-    return [draw(generator) for _ in range(CONFIGS)]
-
-
-def widths_after(layers: Sequence[Layer], model: nn.Module, cuts: Removals) -> dict[str, tuple[int, int]]:
-    """(in, out) channels that each layer keeps."""
-    found = {}
-    for layer in layers:
-        module = model.get_submodule(layer.name)
-        outer = cuts.get((layer.name, "out"), ())
-        inner = outer if is_depthwise(module) else cuts.get((layer.name, "in"), ())
-        found[layer.name] = (width(module, "in") - len(inner), width(module, "out") - len(outer))
-    return found
-
-
-def samples_of(
-    layers: Sequence[Layer], model: nn.Module, cuts: Removals, times: Mapping[str, float], config: int
-) -> list[Sample]:
-    """What a profile of one configuration tells of each layer."""
-    sums = layer_sums([layer.name for layer in layers], times)
-    kept = widths_after(layers, model, cuts)
-    return [
-        Sample(
-            kind=layer.key,
-            width_in=kept[layer.name][0],
-            width_out=kept[layer.name][1],
-            ms=sums[layer.name],
-            config=config,
-        )
-        for layer in layers
-        if sums[layer.name] > 0
-    ]

@@ -185,7 +185,7 @@ def test_the_problems_cost_is_that_of_the_layers_that_are_left(seed: int) -> Non
 @pytest.fixture
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEPLOYCNN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("deploycnn.latency.measure.CONFIGS", 12)
+    monkeypatch.setattr("deploycnn.latency.samples.CONFIGS", 12)
 
 
 def goal_of(

@@ -78,7 +78,7 @@ def pruned(found: LatencyGoal, round_to: int = 2) -> dict[str, object]:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEPLOYCNN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("deploycnn.latency.measure.CONFIGS", 16)
+    monkeypatch.setattr("deploycnn.latency.samples.CONFIGS", 16)
 
 
 def test_the_goal_is_reached_also_where_the_prediction_is_off(tmp_path: Path) -> None:
