@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from deploycnn.graph.model import attribute
 from deploycnn.pruning.layers import Side
-from deploycnn.pruning.splits import Split
+from deploycnn.pruning.splits import Split, sizes_after
 from deploycnn.pruning.surgery import Removals
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -168,8 +168,7 @@ def _narrow_split(graph: _Graph, node: NodeProto, before: int, removed: npt.NDAr
         return
     sizes = graph.value(node, 1).astype(np.int64)
     if sizes.sum() == before:
-        lost = np.bincount(np.searchsorted(np.cumsum(sizes), removed, side="right"), minlength=len(sizes))
-        graph._replace(node, 1, sizes - lost)
+        graph._replace(node, 1, np.array(sizes_after(sizes.tolist(), removed), dtype=np.int64))
 
 
 def _narrow_convolution(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from deploycnn.pruning.layers import Side, groups_of, is_grouped, width
-from deploycnn.pruning.splits import Split
+from deploycnn.pruning.splits import Split, parts_of
 
 IntArray = npt.NDArray[np.int64]
 
@@ -122,7 +122,7 @@ def partition(
         if parting.split.uniform:
             tie(parting.channels, parting.roots, parting.split.sizes(module)[0])
         else:
-            parts = parting.split.part(module, parting.channels)
+            parts = parts_of(parting.split.sizes(module), parting.channels)
             holders += [parting.roots[parts == part] for part in np.unique(parts)]
     held = np.zeros((len(holders), size), dtype=np.bool_)
     for row, roots in enumerate(holders):

@@ -23,6 +23,9 @@ Side = Literal["out", "in"]
 CONVOLUTIONS = nn.modules.conv._ConvNd  # noqa: SLF001
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
 
+#: How forward passes fail on shapes that do not fit, whatever somebody else's model says about them.
+RUN_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
 #: Layers from which channels can be removed without changing what the other channels compute.
 SUPPORTED = (CONVOLUTIONS, nn.Linear, BATCH_NORMS, nn.PReLU, PadShortcut)
 

@@ -22,9 +22,7 @@ from torch_pruning import ops
 from torch_pruning.dependency.index_mapping import _SplitIndexMapping
 
 from deploycnn.models.delta import plain_attributes
-
-#: How forward passes fail on shapes that do not fit.
-RUN_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+from deploycnn.pruning.layers import RUN_ERRORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +56,6 @@ class Split:
             return [int(size) for size in value]
         return [int(value) // (self.parts if self.tells == "total" else 1)] * self.parts
 
-    def part(self, module: nn.Module, channels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The part in which each channel lies."""
-        return np.searchsorted(np.cumsum(self.sizes(module)), channels, side="right").astype(np.int64)
-
     def resize(self, module: nn.Module, sizes: Sequence[int]) -> None:
         """Give the parts other sizes.
 
@@ -77,8 +71,18 @@ class Split:
 
     def remove(self, module: nn.Module, channels: npt.NDArray[np.int64]) -> None:
         """Make the parts as much smaller as channels are taken from them; raises as ``resize`` does."""
-        lost = np.bincount(self.part(module, channels), minlength=self.parts)
-        self.resize(module, [size - int(count) for size, count in zip(self.sizes(module), lost, strict=True)])
+        self.resize(module, sizes_after(self.sizes(module), channels))
+
+
+def parts_of(sizes: Sequence[int], channels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The part in which each channel lies, where parts have these sizes."""
+    return np.searchsorted(np.cumsum(sizes), channels, side="right").astype(np.int64)
+
+
+def sizes_after(sizes: Sequence[int], removed: npt.NDArray[np.int64]) -> list[int]:
+    """What is left of the parts without some channels."""
+    lost = np.bincount(parts_of(sizes, removed), minlength=len(sizes))
+    return [int(size - count) for size, count in zip(sizes, lost, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

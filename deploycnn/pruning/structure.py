@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.pruning.control_flow import check_control_flow
 from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected, Unit
-from deploycnn.pruning.layers import is_producer, width
+from deploycnn.pruning.layers import RUN_ERRORS, is_producer, width
 from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
 from deploycnn.pruning.tracing import forward, propose, unreached
 
@@ -92,7 +92,7 @@ def shrunk(model: nn.Module, images: Tensor) -> Tensor:
             try:
                 if [output.shape for output in forward(model, smaller)] != shapes:
                     break
-            except (AssertionError, IndexError, RuntimeError, ValueError):
+            except RUN_ERRORS:
                 break  # a model may demand its size
             images = smaller
     return images

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from deploycnn.pruning.groups import ChannelGroup, IntArray
-from deploycnn.pruning.layers import BATCH_NORMS, MIXING, Side, remove_channels, width, zero_channels
-from deploycnn.pruning.splits import RUN_ERRORS, Split
+from deploycnn.pruning.layers import (
+    BATCH_NORMS,
+    MIXING,
+    RUN_ERRORS,
+    Side,
+    remove_channels,
+    width,
+    zero_channels,
+)
+from deploycnn.pruning.splits import Split
 from deploycnn.pruning.tracing import forward
 
 #: (layer, side), or (module, how it splits channels) -> its channels to remove.
@@ -93,7 +101,6 @@ def difference(
         with torch.no_grad():
             actual = forward(pruned, images, training_heads=training_heads)
     except RUN_ERRORS as error:
-        # Whatever the forward pass of somebody else's model says about shapes that do not fit.
         return " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return _largest(expected, actual)
 
