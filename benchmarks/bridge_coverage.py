@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -69,9 +70,10 @@ def build(name: str) -> tuple[nn.Module, int]:
 
         plain = name.removeprefix("timm/")
         model = timm.create_model(plain, pretrained=False)
-        fixed = bool(model.pretrained_cfg.get("fixed_input_size"))
-        smallest = model.pretrained_cfg.get("min_input_size") or (3, 0, 0)
-        return model.eval(), int(model.default_cfg["input_size"][1]) if fixed else max(96, smallest[1])
+        settings = vars(timm.models.get_pretrained_cfg(plain))
+        smallest = settings["min_input_size"] or (3, 0, 0)
+        size = settings["input_size"][1] if settings["fixed_input_size"] else max(96, smallest[1])
+        return model.eval(), size
     import torchvision
 
     options = {"init_weights": False} if name in {"inception_v3", "googlenet"} else {}
@@ -92,20 +94,21 @@ def quiet() -> Iterator[None]:
 def export(model: nn.Module, size: int, exporter: str) -> onnx.ModelProto:
     if exporter == "dynamo":
         return export_onnx(model, (3, size, size), opset=18)
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        model,
-        (torch.zeros(2, 3, size, size),),
-        buffer,
-        dynamo=False,
-        opset_version=14,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-        training=torch.onnx.TrainingMode.PRESERVE,  # batch norms stay
-        do_constant_folding=False,
-    )
-    return onnx.load_from_string(buffer.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, size, size),),
+            path,
+            dynamo=False,
+            opset_version=14,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            training=torch.onnx.TrainingMode.PRESERVE,  # batch norms stay
+            do_constant_folding=False,
+        )
+        return onnx.load(path)
 
 
 def try_model(name: str, exporter: str) -> dict[str, object]:
@@ -127,11 +130,11 @@ def try_model(name: str, exporter: str) -> dict[str, object]:
     except DeployCNNError as error:
         return row | {"status": "refused", "why": str(error)}
     (expected,) = evaluator(graph, threads=2)(images)
-    error = float((np.abs(found - expected).max(1) / np.maximum(np.abs(expected).max(1), 1e-12)).max())
+    apart = float((np.abs(found - expected).max(1) / np.maximum(np.abs(expected).max(1), 1e-12)).max())
     bits = dict.fromkeys(["same_bytes"], bridge.write_back() == graph)
     leaves = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in bridge.module.modules())
-    status = "ok" if error < 1e-3 and bits["same_bytes"] else "DIFFERS"
-    return row | {"status": status, "relative_error": error, "layers": leaves, **bits}
+    status = "ok" if apart < 1e-3 and bits["same_bytes"] else "DIFFERS"
+    return row | {"status": status, "relative_error": apart, "layers": leaves, **bits}
 
 
 def main() -> None:

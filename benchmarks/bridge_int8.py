@@ -16,11 +16,13 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from onnx import ModelProto, numpy_helper
+from torch.fx import GraphModule
 
 from deploycnn import api
 from deploycnn.data.base import Data
@@ -102,7 +104,7 @@ def main() -> None:
                 found: Logits = module(torch.from_numpy(images)).numpy()
             return found
 
-        def by_integers(images: npt.NDArray[np.float32], module: torch.nn.Module = bridge.module) -> Logits:
+        def by_integers(images: npt.NDArray[np.float32], module: GraphModule = bridge.module) -> Logits:
             found: Logits = IntegerKernels(module)(torch.from_numpy(images)).numpy()
             return found
 
@@ -113,8 +115,12 @@ def main() -> None:
             if fused and detect_isa().saturates and not isa.saturates:
                 continue
             session = cpu_session(quantized, threads=2, optimize=fused)
-            inputs = session.get_inputs()[0].name
-            theirs, _ = logits_of(lambda x, s=session, i=inputs: s.run(None, {i: x})[0], data, options.images)
+
+            def by_onnxruntime(images: npt.NDArray[np.float32], session: Any = session) -> Logits:
+                found: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+                return found
+
+            theirs, _ = logits_of(by_onnxruntime, data, options.images)
             step = step_of(quantized, theirs)
             apart = np.abs(ours - theirs)
             print(json.dumps({

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from training_runs import Bench, add_arguments, summary
@@ -24,7 +25,7 @@ from deploycnn.passes.train import Train
 from deploycnn.sources.zoo import Zoo
 
 #: Options of ``distill`` by name; a teacher is added.
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd"},
     "dkd": {"method": "dkd"},
     "dist": {"method": "dist"},
@@ -54,7 +55,7 @@ def main() -> None:
     bench = Bench(given)
     teacher = bench.make("teacher", Zoo(name=given.teacher, weights=given.teacher_weights))
     bench.tell(teacher=given.teacher, val_top1=bench.top1(teacher, bench.data.dataset.val))
-    common = {
+    common: dict[str, Any] = {
         "epochs": given.epochs,
         "lr": given.lr,
         "schedule": given.schedule,

@@ -102,12 +102,12 @@ def _deviation(
             session.close()
     except DeployCNNError as error:
         return {"why": str(error)}
-    error = np.abs(got.astype(np.float64) - wanted)
+    apart = np.abs(got.astype(np.float64) - wanted)
     spread = float(np.abs(wanted - wanted.mean(axis=0)).max())
     return {
-        "max_relative_error": float(error.max() / np.abs(wanted).max()),
+        "max_relative_error": float(apart.max() / np.abs(wanted).max()),
         # as a share of how far outputs of different images lie apart: near 1, equality of top-1 is chance
-        "max_spread_error": float(error.max() / spread) if spread else None,
+        "max_spread_error": float(apart.max() / spread) if spread else None,
         "top1_agreement": float((got.argmax(axis=1) == wanted.argmax(axis=1)).mean()),
         "images": len(images),
     }
@@ -133,7 +133,7 @@ def _figures(row: gpu_plan.Combination, result: Mapping[str, Any]) -> dict[str, 
         None,
     )
     if found is not None and found["status"] == "measured":
-        near = next(
+        near: Mapping[str, Any] = next(
             (
                 item
                 for item in result.get("parity", ())

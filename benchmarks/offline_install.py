@@ -109,9 +109,10 @@ def split(path: Path, piece_bytes: int) -> Iterator[Path]:
             yield part
 
 
-def manifest(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Settings, and what is known of each file."""
     try:
-        content: dict[str, dict[str, dict[str, object]]] = json.loads((folder / MANIFEST).read_text())
+        content: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder / MANIFEST}: cannot be read ({error}); copy the whole folder") from error
     return content
@@ -122,7 +123,7 @@ def verify(folder: Path, *, join: bool) -> None:
     for name, entry in manifest(folder)["files"].items():
         path = folder / name
         if not path.exists() and "parts" in entry:
-            parts: list[dict[str, str]] = entry["parts"]  # type: ignore[assignment]
+            parts: list[dict[str, str]] = entry["parts"]
             for part in parts:
                 _check(folder / part["name"], part["sha256"])
             if not join:
@@ -181,7 +182,7 @@ def _install(options: argparse.Namespace) -> int:
            wheels]  # fmt: skip
     _must([*pip, "hatchling", "editables", "setuptools", "wheel"])
     tests = ["pytest", "hypothesis"]
-    extras: list[str] = settings["extras"]  # type: ignore[assignment]
+    extras: list[str] = settings["extras"]
     source = f"{venv / 'src' / 'deploycnn'}[{','.join(extras)}]"
     # no isolation: a build environment would look for hatchling on an index
     _must([*pip, "--no-build-isolation", *tests, source])

@@ -39,8 +39,9 @@ from deploycnn.quantization import packs
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.packed import packed
 from deploycnn.quantization.preparation import prepare
-from deploycnn.quantization.qat import fine_tune, float_teacher
+from deploycnn.quantization.qat import fine_tune
 from deploycnn.training.losses import Distillation
+from deploycnn.training.teacher import graph_teacher
 
 RESAMPLES = 2000
 
@@ -60,11 +61,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     data = open_source(ImageFolder(root=given.data, val="last", val_per_class=500), PREPROCESSING)
-    parts = {
-        "train": part(data.dataset.train, given.train_images),
-        "val": part(data.dataset.val, given.val_images),
-    }
-    training = replace(data, dataset=replace(data.dataset, **parts))
+    train, val = part(data.dataset.train, given.train_images), part(data.dataset.val, given.val_images)
+    training = replace(data, dataset=replace(data.dataset, train=train, val=val))
     full = prepare(load_onnx(given.model))
     pack = replace(packs.four_bits(packs.get("onnxruntime-cpu")), per_channel=given.per_channel)
     indices = calibration_indices(data.dataset.train.labels, 512, 0)
@@ -78,13 +76,14 @@ def main() -> None:
     settings = Qat(epochs=given.epochs, lr=given.lr, learn_scales=not given.fixed_scales)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        ctx = Context(output=Path(folder), scratch=Path(folder), threads=given.threads, progress=tell)
         tuned = fine_tune(
             packed(quantized),
             full,
             training,
             settings,
-            loss=Distillation(teacher=float_teacher(full), method=settings.method, **settings.weights),
-            ctx=Context(output=Path(folder), scratch=Path(folder), threads=given.threads, progress=tell),
+            loss=Distillation(teacher=graph_teacher(full, ctx), method=settings.method, **settings.weights),
+            ctx=ctx,
             learn_scales=settings.learn_scales,
             parity_count=64,
         )  # fmt: skip
@@ -102,7 +101,7 @@ def main() -> None:
     }))  # fmt: skip
 
 
-def tell(done: float, total: float, message: str) -> None:
+def tell(done: float, total: float, message: str = "") -> None:
     print(f"{done:.2f}/{total} {message}", flush=True)
 
 

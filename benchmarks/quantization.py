@@ -24,8 +24,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +69,13 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for net in arguments.nets:
         made[net] = {}
-        makers = {
-            nets.OURS_ORT: lambda net=net: nets.make_ours(net, "onnxruntime-cpu", arguments.work),
-            nets.OURS_OPENVINO: lambda net=net: nets.make_ours(net, "openvino", arguments.work),
-            nets.PEER_ORT: lambda net=net: nets.make_onnxruntime_peer(net, arguments.work),
+        makers: dict[str, Callable[[], Path]] = {
+            nets.OURS_ORT: partial(nets.make_ours, net, "onnxruntime-cpu", arguments.work),
+            nets.OURS_OPENVINO: partial(nets.make_ours, net, "openvino", arguments.work),
+            nets.PEER_ORT: partial(nets.make_onnxruntime_peer, net, arguments.work),
         }
         if arguments.nncf is not None:
-            makers[nets.PEER_NNCF] = lambda net=net: nets.make_nncf_peer(net, arguments.work, arguments.nncf)
+            makers[nets.PEER_NNCF] = partial(nets.make_nncf_peer, net, arguments.work, arguments.nncf)
         for label, make in makers.items():
             try:
                 made[net][label] = make().name
@@ -103,9 +105,7 @@ def racers(net: str, arguments: argparse.Namespace) -> list[Candidate]:
                 batch_size=arguments.batch,
                 threads=arguments.threads,
                 images_NCHW=batch,
-                open=lambda runtime=runtime, artifact=artifact: runtime.open(
-                    artifact, batch_size=arguments.batch, threads=arguments.threads
-                ),
+                open=partial(runtime.open, artifact, batch_size=arguments.batch, threads=arguments.threads),
             )
         )
     return found

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,12 @@ from deploycnn.quantization.packed import measure
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.remedies import remedies
+from deploycnn.quantization.types import Calibrator
 
 PREPROCESSING = {
     "size": [32, 32], "resize": "squash", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
 }  # fmt: skip
-CALIBRATORS = ("minmax", "percentile", "mse", "entropy")
+CALIBRATORS: tuple[Calibrator, ...] = ("minmax", "percentile", "mse", "entropy")
 Z95 = 1.96
 
 
@@ -138,7 +140,7 @@ def study(
         print(f"equalized: {error}", file=sys.stderr)
     for prefix, start in starts.items():
         for calibrator in CALIBRATORS:
-            attempt(f"{prefix}{calibrator}", lambda s=start, c=calibrator: replace(s, calibrator=c))  # type: ignore[misc]
+            attempt(f"{prefix}{calibrator}", partial(replace, start, calibrator=calibrator))
     best = max(tried, key=lambda name: tried[name][1].sqnr_db)
     attempt(f"{best} + bias correction", lambda: corrected(tried[best][0]))
     best = max(tried, key=lambda name: tried[name][1].sqnr_db)

@@ -43,7 +43,7 @@ def random_net(name: str) -> torch.nn.Module:
     """
     torch.manual_seed(0)
     options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
-    net = torchvision.models.get_model(name, weights=None, **options)
+    net: torch.nn.Module = torchvision.models.get_model(name, weights=None, **options)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
@@ -51,8 +51,9 @@ def random_net(name: str) -> torch.nn.Module:
             torch.nn.init.normal_(module.bias, 0.0, 0.2)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "layer_scale"):
-            torch.nn.init.constant_(module.layer_scale, 0.3)
+        scale = getattr(module, "layer_scale", None)
+        if isinstance(scale, torch.Tensor):
+            torch.nn.init.constant_(scale, 0.3)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules()):
         net.train()
         with torch.inference_mode():

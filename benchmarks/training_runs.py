@@ -124,7 +124,11 @@ class Bench:
             references=references or {},
             lineage=lineage,
         )
-        draft = step.run(ctx) if isinstance(step, Source) else step.run(source, ctx)
+        if isinstance(step, Source):
+            draft = step.run(ctx)
+        else:
+            assert source is not None, f"{name}: a pass needs an artifact"
+            draft = step.run(source, ctx)
         return Artifact(
             key=name,
             format=draft.format,
