@@ -6,8 +6,9 @@
     python benchmarks/quantization.py cost     --data cifar10-jpeg.zip --weights resnet56.safetensors --net resnet56
 
 ``prepare`` makes every file: the float model (torchvision, random weights, 224 px), ours for onnxruntime-cpu and for
-openvino, onnxruntime's own ``quantize_static`` (U8S8, per channel) and NNCF's (``benchmarks/peers/make_nncf.sh`` makes
-its environment). ``speed`` only times, all files of a net side by side in one process, interleaved; run it on an idle
+openvino, each on integers throughout and as ``int8`` ships it (told to do no harm at batch 1 and 16, 2 threads),
+onnxruntime's own ``quantize_static`` (U8S8, per channel) and NNCF's (``benchmarks/peers/make_nncf.sh`` makes its
+environment). ``speed`` only times, all files of a net side by side in one process, interleaved; run both on an idle
 machine. Ratios are float latency / latency in the same runtime, with 99% intervals; "ours / NNCF" is in OpenVINO.
 
 ``accuracy`` quantizes with ``int8`` and with ``int8: auto`` and reports drop and agreement on the test split; the
@@ -46,18 +47,25 @@ from deploycnn.runtimes.base import create
 RACERS = {
     "ort float": ("{net}.onnx", "onnxruntime:cpu"),
     "ort ours": (f"{{net}}.{nets.OURS_ORT}.onnx", "onnxruntime:cpu"),
+    "ort throughout": (f"{{net}}.{nets.OURS_ORT}-throughout.onnx", "onnxruntime:cpu"),
     "ort quantize_static": (f"{{net}}.{nets.PEER_ORT}.onnx", "onnxruntime:cpu"),
     "ov float": ("{net}.onnx", "openvino:f32"),
     "ov ours": (f"{{net}}.{nets.OURS_OPENVINO}.onnx", "openvino:f32"),
+    "ov throughout": (f"{{net}}.{nets.OURS_OPENVINO}-throughout.onnx", "openvino:f32"),
     "ov nncf": (f"{{net}}.{nets.PEER_NNCF}.xml", "openvino:f32"),
     "ov ours bf16": (f"{{net}}.{nets.OURS_OPENVINO}.onnx", "openvino:bf16"),
 }
 
+#: At which ``int8`` is told to do no harm.
+SETTINGS: nets.Settings = ((1, 2), (16, 2))
+
 #: Ratios of the table: title -> (numerator's label, denominator's label) of latency.
 COLUMNS = {
     "ours": ("ort float", "ort ours"),
+    "throughout": ("ort float", "ort throughout"),
     "quantize_static": ("ort float", "ort quantize_static"),
     "ov ours": ("ov float", "ov ours"),
+    "ov throughout": ("ov float", "ov throughout"),
     "ov nncf": ("ov float", "ov nncf"),
     "ours/nncf": ("ov nncf", "ov ours"),
     "bf16/nncf": ("ov nncf", "ov ours bf16"),
@@ -70,8 +78,11 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     for net in arguments.nets:
         made[net] = {}
         makers: dict[str, Callable[[], Path]] = {
-            nets.OURS_ORT: partial(nets.make_ours, net, "onnxruntime-cpu", arguments.work),
-            nets.OURS_OPENVINO: partial(nets.make_ours, net, "openvino", arguments.work),
+            **{
+                f"{label}{kind}": partial(nets.make_ours, net, target, settings, arguments.work)
+                for target, label in nets.LABELS.items()
+                for kind, settings in (("-throughout", ()), ("", SETTINGS))
+            },
             nets.PEER_ORT: partial(nets.make_onnxruntime_peer, net, arguments.work),
         }
         if arguments.nncf is not None:

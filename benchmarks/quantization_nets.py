@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,12 @@ import torch
 import torchvision
 
 from deploycnn.graph.export import export_onnx
-from deploycnn.graph.model import load_onnx, save_onnx
+from deploycnn.graph.model import save_onnx
+from deploycnn.profiling.stopwatch import RuntimeStopwatch
 from deploycnn.quantization import packs
-from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
-from deploycnn.quantization.insertion import build
 from deploycnn.quantization.isa import detect_isa
-from deploycnn.quantization.placement import place
-from deploycnn.quantization.preparation import prepare
+from deploycnn.quantization.job import Job
+from deploycnn.quantization.quantize import Options
 
 NETS = (
     "resnet18", "resnet50", "vgg16", "googlenet", "densenet121", "mobilenet_v2", "mobilenet_v3_large",
@@ -29,6 +29,11 @@ SIZE = 224
 CALIBRATION_IMAGES = 4
 
 OURS_ORT, OURS_OPENVINO, PEER_ORT, PEER_NNCF = "ours-ort", "ours-openvino", "ort-u8s8", "nncf"
+LABELS = {"onnxruntime-cpu": OURS_ORT, "openvino": OURS_OPENVINO}
+RUNTIMES = {"onnxruntime-cpu": "onnxruntime:cpu", "openvino": "openvino:f32"}
+
+#: (batch size, threads) at which INT8 must not be slower than float.
+Settings = tuple[tuple[int, int], ...]
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
@@ -69,17 +74,27 @@ def make_float(name: str, folder: Path) -> Path:
     return path
 
 
-def make_ours(name: str, target: str, folder: Path) -> Path:
-    """The int8 pass's graph at its defaults, without races."""
-    label = OURS_ORT if target == "onnxruntime-cpu" else OURS_OPENVINO
+def make_ours(name: str, target: str, settings: Settings, folder: Path) -> Path:
+    """What the int8 pass makes at its defaults; integers throughout where no ``settings`` are given to race at.
+
+    What was raced, and with what outcome, lies beside the model as JSON.
+    """
+    label = LABELS[target] if settings else f"{LABELS[target]}-throughout"
     path = folder / f"{name}.{label}.onnx"
     if not path.exists():
-        pack = packs.get(target, detect_isa())
-        model = prepare(load_onnx(make_float(name, folder)), pack)
-        plan = place(model, pack)
-        seen = calibrate(model, [images(CALIBRATION_IMAGES)], values=values_of(plan), threads=2)
-        ranges = choose_ranges(plan, seen)
-        save_onnx(build(model, plan, ranges), path)
+        record = Job(
+            source=make_float(name, folder),
+            output=path,
+            pack=packs.get(target, detect_isa()),
+            options=Options(calibrator="minmax"),
+            images=lambda: [images(CALIBRATION_IMAGES)],
+            total=CALIBRATION_IMAGES,
+            stopwatch=RuntimeStopwatch(runtime=RUNTIMES[target], settings=settings) if settings else None,
+            scratch=folder,
+            threads=2,
+        ).run()
+        if record.harm is not None:
+            path.with_suffix(".json").write_text(json.dumps(record.harm.to_json(), indent=1))
     return path
 
 
