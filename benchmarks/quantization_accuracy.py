@@ -35,7 +35,6 @@ from deploycnn.data.opening import open_source
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.model import infer_shapes, load_onnx
 from deploycnn.quantization import packs
-from deploycnn.quantization.bias_correction import correct_biases
 from deploycnn.quantization.channels import channel_groups
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.equalization import equalize, rescale
@@ -118,6 +117,7 @@ def study(
     """MinMax, and the best of all candidates by val; both proven on test."""
     began = time.perf_counter()
     engine = Engine(pack, lambda: held, threads=threads)
+    known = remedies(engine, seed=0, tell=lambda _done, _total, _message: None)
     plain = Candidate(model=model, calibrator="minmax")
     tried: dict[str, tuple[Candidate, Judgement]] = {}
 
@@ -129,10 +129,6 @@ def study(
             return
         tried[name] = candidate, val(engine.build(candidate))
 
-    def corrected(candidate: Candidate) -> Candidate:
-        changed = correct_biases(candidate.model, engine.plan(candidate), held, threads=threads)
-        return replace(candidate, model=changed)
-
     starts = {"": plain}
     try:
         starts["equalized "] = replace(plain, model=equalize(model, held, threads=threads))
@@ -142,7 +138,7 @@ def study(
         for calibrator in CALIBRATORS:
             attempt(f"{prefix}{calibrator}", partial(replace, start, calibrator=calibrator))
     best = max(tried, key=lambda name: tried[name][1].sqnr_db)
-    attempt(f"{best} + bias correction", lambda: corrected(tried[best][0]))
+    attempt(f"{best} + bias correction", lambda: known["correct_bias"](tried[best][0]))
     best = max(tried, key=lambda name: tried[name][1].sqnr_db)
     seconds = time.perf_counter() - began
     for name in dict.fromkeys(("minmax", best)):

@@ -21,6 +21,7 @@ cross into our code, with ``raise ... from error``.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -81,3 +82,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     listing = f"Known: {', '.join(options)}" if options else "None are known"
     return f'did you mean "{close[0]}"? {listing}' if close else listing
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """A foreign library's message on one line, without source locations, at most ``limit`` characters."""
+    text = re.sub(r"(?:Exception from |Check '.*?' failed at )\S+:\d+:?", "", str(error))
+    text = re.sub(r"/\S*/(\S+\.(?:cc|cpp|h)):\d+ [^|]*?\)\s", "", text)
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -109,7 +109,7 @@ def _warnings(figures: Figures) -> list[str]:
         for entry in figures.inputs.entries
         if entry.parity and entry.parity.get("informative") is False
     ]
-    found += _missed_latencies(figures.inputs.entries)
+    found += _missed_goals(figures.inputs.entries)
     for timing in figures.measured.timings:
         words = {row.disturbance.words for row in timing.rows if row.disturbance and row.disturbance.words}
         found += [
@@ -120,15 +120,23 @@ def _warnings(figures: Figures) -> list[str]:
     return found
 
 
-def _missed_latencies(entries: Sequence[Entry]) -> list[str]:
-    """Goals of ``prune.latency_ratio`` that were not reached, each with the variants that go on from there."""
+def _missed_goals(entries: Sequence[Entry]) -> list[str]:
+    """Goals of passes that were not reached, each with the variants that go on from there."""
     variants: dict[str, list[str]] = {}
     for entry in entries:
         for step in entry.provenance:
             latency = step["record"].get("pruning", {}).get("latency", {})
             if latency.get("met") is False:
-                variants.setdefault(str(latency["words"]), []).append(entry.name)
-    return [f"{', '.join(names)}: latency_ratio: {words}" for words, names in variants.items()]
+                variants.setdefault(f"latency_ratio: {latency['words']}", []).append(entry.name)
+            int8 = step["record"].get("int8", {})
+            if int8.get("budget_met") is False:
+                judged = int8["judged"]
+                words = (
+                    f"int8: top-1 drops by {judged['top1_drop']:.4f} on {judged['images']} val images, more than "
+                    f"max_top1_drop {int8['max_top1_drop']:g}"
+                )
+                variants.setdefault(words, []).append(entry.name)
+    return [f"{', '.join(dict.fromkeys(names))}: {words}" for words, names in variants.items()]
 
 
 def _method(figures: Figures) -> dict[str, Any]:

@@ -163,4 +163,17 @@ def test_a_goal_of_latency_that_was_missed_is_a_warning_told_once_for_all_its_va
         evidence.Entry(name=name, passes=(), artifact=None, provenance=({"record": {}}, step(met)))
         for name, met in (("a", False), ("b", False), ("c", True), ("elsewhere", None))
     ]
-    assert evidence._missed_latencies(entries) == ["a, b: latency_ratio: 0.55 measured (0.5 asked for)"]
+    assert evidence._missed_goals(entries) == ["a, b: latency_ratio: 0.55 measured (0.5 asked for)"]
+
+
+def test_a_budget_of_int8_that_was_missed_is_a_warning() -> None:
+    int8 = {"budget_met": False, "max_top1_drop": 0.002, "judged": {"top1_drop": 0.0123, "images": 500}}
+    twice = ({"record": {"int8": int8}}, {"record": {"int8": int8, "qat": {}}})
+    met = {"record": {"int8": {**int8, "budget_met": True}}}
+    entries = [
+        evidence.Entry(name="a", passes=(), artifact=None, provenance=twice),
+        evidence.Entry(name="b", passes=(), artifact=None, provenance=(met,)),
+    ]
+    assert evidence._missed_goals(entries) == [
+        "a: int8: top-1 drops by 0.0123 on 500 val images, more than max_top1_drop 0.002"
+    ]

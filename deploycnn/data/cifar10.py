@@ -13,7 +13,7 @@ from annotated_types import Ge, Interval
 
 from deploycnn.data.base import Dataset, DataSource
 from deploycnn.data.preprocessing import Preprocessing
-from deploycnn.errors import DataError
+from deploycnn.errors import DataError, one_line
 
 _ELSEWHERE = (
     "to use a copy as an image folder, or a zip of one, set data.imagefolder.root in the recipe "
@@ -82,12 +82,8 @@ class Cifar10(DataSource):
                 return CIFAR10(root, train=train, download=self.download)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             state = "is not complete" if self.download else "is missing or damaged, and download is off"
-            raise DataError(f"{root}: CIFAR-10 {state} ({_one_line(error)}); {_ELSEWHERE}") from error
+            raise DataError(f"{root}: CIFAR-10 {state} ({one_line(error, 160)}); {_ELSEWHERE}") from error
         except OSError as error:  # also URLError
             raise DataError(
-                f"{root}: CIFAR-10 cannot be downloaded ({_one_line(error)}); {_ELSEWHERE}"
+                f"{root}: CIFAR-10 cannot be downloaded ({one_line(error, 160)}); {_ELSEWHERE}"
             ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from deploycnn.errors import one_line
+
 #: Formats that are recognized by their content. Those that run other programs (EPS, WMF) are left out on
 #: purpose.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000")
@@ -73,11 +75,11 @@ def _guarded(data: bytes, *, pixels: bool) -> npt.NDArray[np.uint8]:
     except UnidentifiedImageError as error:
         raise UnusableImage("not an image") from error
     except (Image.DecompressionBombError, MemoryError) as error:
-        raise UnusableImage(f"too large ({_one_line(error)})") from error
+        raise UnusableImage(f"too large ({one_line(error, 120)})") from error
     except Exception as error:
         # On damaged files Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error,
         # KeyError...
-        raise UnusableImage(f"damaged ({_one_line(error)})") from error
+        raise UnusableImage(f"damaged ({one_line(error, 120)})") from error
 
 
 def _check_range(image: Image.Image) -> None:
@@ -114,7 +116,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{error}".split())[:120] or type(error).__name__

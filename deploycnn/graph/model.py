@@ -33,9 +33,12 @@ def load_onnx(path: Path) -> ModelProto:
             the model's folder.
     """
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        # From its bytes: by a path, the library would take a file for text or JSON by how its name ends.
+        model = onnx.load_model_from_string(path.read_bytes())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); give an .onnx file") from error
     except (DecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(
             f"{path}: not an ONNX model, or truncated ({error}); fetch or export it again"

@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from deploycnn.core import Json
 from deploycnn.errors import ParityError
 from deploycnn.graph.model import MAX_SELF_CONTAINED_BYTES, runtime_inputs
+from deploycnn.graph.onnxruntime_errors import onnxruntime_errors
 from deploycnn.optional import installed, require
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ def evaluator(
 ) -> Evaluate:
     """A function that runs an ONNX model with one image input.
 
-    By onnxruntime where it is installed, else by the slow reference implementation of ONNX.
+    By onnxruntime where it is installed, else by the slow reference implementation of ONNX. Where the batch size is
+    fixed, images are cut into such batches, and the last one is filled up with copies that do not count.
 
     Args:
         model: The model, or its file (needed above 2 GB).
@@ -215,17 +217,35 @@ def evaluator(
             found: list[Array] = session.run(wanted, {name: images})
             return found
 
-        return by_onnxruntime
+        batch = session.get_inputs()[0].shape[0]
+        return _in_batches(by_onnxruntime, batch) if isinstance(batch, int) else by_onnxruntime
     reference = ReferenceEvaluator(model if isinstance(model, ModelProto) else str(model))
     proto = reference.proto_
     assert isinstance(proto, ModelProto)  # noqa: S101 - for the type checker; a file always holds a model
-    name = runtime_inputs(proto)[0].name
+    images_input = runtime_inputs(proto)[0]
+    name, size = images_input.name, images_input.type.tensor_type.shape.dim[0].dim_value
     names = list(outputs) if outputs is not None else [value.name for value in proto.graph.output]
 
     def by_reference(images: npt.NDArray[np.float32]) -> list[Array]:
         return [np.asarray(value) for value in reference.run(names, {name: images})]
 
-    return by_reference
+    return _in_batches(by_reference, size) if size else by_reference
+
+
+def _in_batches(run: Evaluate, size: int) -> Evaluate:
+    """``run``, which takes ``size`` images, for any number of them."""
+
+    def whole(images: npt.NDArray[np.float32]) -> list[Array]:
+        if len(images) == size:
+            return run(images)
+        parts = []
+        for piece in _chunks(images, size):
+            missing = size - len(piece)
+            filled = np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)]) if missing else piece
+            parts.append([output[: len(piece)] for output in run(filled)])
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    return whole
 
 
 def module_evaluator(module: nn.Module) -> Evaluate:
@@ -252,6 +272,7 @@ def cpu_session(
 
     Raises:
         RuntimeUnavailable: onnxruntime is not installed.
+        ArtifactError: it lacks the model's opset or an operator.
     """
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
@@ -267,4 +288,6 @@ def cpu_session(
     if isinstance(model, ModelProto) and model.ByteSize() >= MAX_SELF_CONTAINED_BYTES:
         raise ValueError("a model above 2 GB must be given as a file")
     content = model.SerializeToString() if isinstance(model, ModelProto) else str(model)
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    where = f'the graph "{model.graph.name}"' if isinstance(model, ModelProto) else model
+    with onnxruntime_errors(where, runtime.__version__):
+        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Pass
-from deploycnn.errors import PassRequirementError
+from deploycnn.errors import PassRequirementError, nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +83,7 @@ class Fp16(Pass):
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "fp16")
         full, quantized = _load(source.path)
+        _check_kept(full, self.keep_fp32_ops)
         ctx.progress(0, 2, "looking for values beyond FP16's range")
         peaks = self._peaks(full, ctx)
         converted, record = convert_fp16(full, keep_ops=self.keep_fp32_ops, peaks=peaks, half=self.dtype)
@@ -132,7 +135,7 @@ class Fp16(Pass):
         return measure_parity(
             evaluator(full, threads=ctx.threads, integers=False),
             evaluator(runnable, threads=ctx.threads, integers=False),
-            images if batch is None else images[: len(images) // batch * batch],
+            images,
             batch_sizes=(1, 5) if batch is None else (batch,),
             tolerance=Tolerance(absolute=1e-3, relative=self.relative_tolerance * self._wider(quantized)),
             source=source,
@@ -165,6 +168,21 @@ class Fp16(Pass):
             threads=ctx.threads,
         )
         return peaks
+
+
+def _check_kept(model: ModelProto, kept: Iterable[str]) -> None:
+    """Refuse what names neither an operator type nor a node of the model.
+
+    Raises:
+        PassRequirementError: names it, and the nearest that there is.
+    """
+    known = {name for node in model.graph.node for name in (node.op_type, node.name)}
+    for name in kept:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.0)
+            raise PassRequirementError(
+                f'fp16: keep_fp32_ops: the model has no operator or node "{name}"; {nearest(name, close)}'
+            )
 
 
 def _load(path: Path) -> tuple[ModelProto, bool]:

@@ -28,6 +28,8 @@ _PARITY_IMAGES = 64
 
 _QAT = "qat"
 
+_QAT_EPOCHS = 2
+
 #: The budget of ``auto`` where the recipe gives none.
 _AUTO_BUDGET = 0.002
 
@@ -37,8 +39,9 @@ class Int8(Pass):
     """Quantize weights and activations to 8 bits, calibrated on training images; the rest stays FP32.
 
     ``int8: auto`` climbs the repair ladder until the drop of top-1 on the validation split is within the
-    budget: other ranges, equalized weights, corrected biases, learned rounding, single layers in float, training. With
-    ``max_top1_drop`` alone, the settings stay as given and the cheapest layers are left in float.
+    budget: other ranges, equalized weights, corrected biases, learned rounding, a few layers in float, training, and
+    at last as many layers in float as it takes. With ``max_top1_drop`` alone, the settings stay as given and the
+    cheapest layers are left in float.
 
     ``weights: int4`` stores weights in 4 bits (first, last and depthwise layers in 8); activations keep 8. With
     ``weights_only`` only the file gets smaller: everything is computed in float.
@@ -47,7 +50,7 @@ class Int8(Pass):
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
     gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
@@ -105,11 +108,14 @@ class Int8(Pass):
     ] = False
     adaround: Annotated[
         bool | None,
-        "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes. null: only 4-bit weights.",
+        "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes. null: 4-bit weights, and auto "
+        "where it must.",
     ] = None
     qat_epochs: Annotated[
-        int, Ge(0), "For auto: epochs of quantization-aware training as the last rung; 0 leaves it out."
-    ] = 2
+        int,
+        Ge(0),
+        "For auto: epochs of quantization-aware training, tried before more than a few layers stay float; 0: none.",
+    ] = _QAT_EPOCHS
     do_no_harm: Annotated[
         bool,
         "Leave in float what is measured slower on integers on the target; where no integer graph is faster, "
@@ -127,6 +133,16 @@ class Int8(Pass):
             raise ValueError(
                 "weights_only does not go with auto, which repairs activations; set max_top1_drop instead"
             )
+        given = {name for name in ("equalize", "absorb_bias", "correct_bias") if getattr(self, name)}
+        given |= {"calibrator"} if self.calibrator != "minmax" else set()
+        if self.mode == "auto" and given:
+            raise ValueError(
+                f"auto chooses ranges and remedies itself; leave out {', '.join(sorted(given))}, or mode"
+            )
+        if self.mode == "fixed" and self.qat_epochs != _QAT_EPOCHS:
+            raise ValueError("qat_epochs is for auto; put the pass qat behind int8 instead")
+        if self.judge_images is not None and self.mode == "fixed" and self.max_top1_drop is None:
+            raise ValueError("judge_images judge a budget, and there is none; give max_top1_drop too")
         if self.weights_only and self.activations != "auto":
             raise ValueError("weights_only leaves activations in float; leave `activations` out")
         object.__setattr__(self, "timing_decides", self.do_no_harm)
@@ -172,7 +188,7 @@ class Int8(Pass):
             judge_images=self.judge_images,
             percentile=self.percentile,
             further_remedies=partial(self._training, ctx),
-            stopwatch=ctx.stopwatch if self.do_no_harm else None,
+            stopwatch=ctx.stopwatch if self.do_no_harm and self._same_kernels(ctx.target) else None,
             scratch=ctx.scratch,
             seed=ctx.seed,
             threads=ctx.threads,
@@ -198,6 +214,11 @@ class Int8(Pass):
                 },
             ),
         )
+
+    def _same_kernels(self, target: str) -> bool:
+        """Whether the graph is made for what is timed: rules of another target make one for other kernels."""
+        alike = {"cpu", "onnxruntime-cpu"}
+        return self.rules in {"target", target} or {self.rules, target} <= alike
 
     def _training(self, ctx: Context, engine: Engine, model: ModelProto) -> Mapping[str, Remedy]:
         """Quantization-aware training with the float graph as teacher; the pass ``qat`` has all its options."""
@@ -226,15 +247,17 @@ class Int8(Pass):
         return {_QAT: train}
 
     def _options(self) -> Options:
-        from deploycnn.quantization.quantize import FLOAT_LAYERS, Options
+        from deploycnn.quantization.quantize import FEW_FLOAT_LAYERS, FLOAT_LAYERS, Options
 
         if self.mode == "auto":
             return Options(
                 calibrator="percentile",
                 exclude=self.exclude,
                 ladder=(
-                    *("mse", "equalize", "correct_bias", "adaround", FLOAT_LAYERS),
-                    *((_QAT,) if self.qat_epochs else ()),
+                    *("mse", "equalize", "correct_bias"),
+                    *(() if self.adaround is False else ("adaround",)),
+                    *((FEW_FLOAT_LAYERS, _QAT) if self.qat_epochs else ()),
+                    FLOAT_LAYERS,
                 ),
                 max_top1_drop=_AUTO_BUDGET if self.max_top1_drop is None else self.max_top1_drop,
             )
@@ -243,7 +266,8 @@ class Int8(Pass):
             exclude=self.exclude,
             remedies=tuple(
                 name
-                for name in ("equalize", "absorb_bias", "correct_bias", "adaround")
+                # Biases last: they make up for the rounding that was decided.
+                for name in ("equalize", "absorb_bias", "adaround", "correct_bias")
                 if getattr(self, name) or (name == "adaround" and self._learns_rounding)
             ),
             ladder=(FLOAT_LAYERS,),
@@ -264,6 +288,10 @@ class Int8(Pass):
         pack = packs.get(target, isa)
         reduced = pack.weight.reduced if self.reduce_range is None else self.reduce_range
         activation = pack.activation
+        if self.activations == "uint8" and pack.style != "units":
+            raise PassRequirementError(
+                f"int8: activations: uint8 is for CPU targets, not {target}, which wants them symmetric; leave it out"
+            )
         if self.activations != "auto":
             activation = NumberFormat(dtype=self.activations, symmetric=self.activations == "int8")
         if (self.weights_only or self.weights == "int4") and pack.style != "units":
@@ -293,8 +321,8 @@ class Int8(Pass):
         return measure_parity(
             evaluator(full, threads=ctx.threads),
             evaluator(quantized, threads=ctx.threads),
-            images if batch is None else images[: len(images) // batch * batch],
-            batch_sizes=(16,) if batch is None else (batch,),
+            images,
+            batch_sizes=(batch or 16,),
             tolerance=None,
             source=source,
             against="fp32 onnx",

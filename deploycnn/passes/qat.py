@@ -14,6 +14,8 @@ from deploycnn.quantization.qat_settings import QatSettings
 if TYPE_CHECKING:
     from torch import nn
 
+    from deploycnn.quantization.packs import RulePack
+
 #: Images on which the trained graph and onnxruntime are compared.
 _PARITY_IMAGES = 512
 
@@ -28,7 +30,7 @@ class Qat(QatSettings, Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     needs_data: ClassVar[bool] = True
     trains: ClassVar[bool] = True
 
@@ -48,9 +50,13 @@ class Qat(QatSettings, Pass):
     def requires(self, source: Artifact) -> None:
         """Refuse what is not quantized."""
         if source.facts.precision in {"fp32", "fp16", "bf16"}:
-            raise PassRequirementError(
-                f"qat: the model is {source.facts.precision}, not quantized; put int8 before it"
-            )
+            mend = "put int8 before it"
+            if "int8" in source.facts.record:
+                mend = (
+                    f"int8 left all of it float ({source.facts.record['int8']['do_no_harm']}); leave qat out, or say "
+                    "int8: {do_no_harm: false}"
+                )
+            raise PassRequirementError(f"qat: the model is {source.facts.precision}, not quantized; {mend}")
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Write ``model.onnx``; the history is recorded under "training", the rest under "qat".
@@ -84,7 +90,7 @@ class Qat(QatSettings, Pass):
         quantized = load_onnx(source.path)
         tuned = fine_tune(
             quantized,
-            prepare(full),
+            prepare(full, _rules(source)),
             data,
             self,
             loss=loss,
@@ -124,6 +130,14 @@ class Qat(QatSettings, Pass):
             found.path, found.facts, artifact.needed_data(ctx, "qat"), f"qat: the teacher {self.teacher}"
         )
         return model_to(model.requires_grad_(False), ctx.device), self.teacher
+
+
+def _rules(source: Artifact) -> RulePack | None:
+    """The rules by which ``int8`` made it: its rewrites of the float graph change weights; ``None`` if another did."""
+    from deploycnn.quantization import packs
+
+    made = source.facts.record.get("int8")
+    return None if made is None else packs.get(made["target"])
 
 
 def _float_ancestor(ctx: Context) -> Artifact:

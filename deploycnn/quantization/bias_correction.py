@@ -27,7 +27,7 @@ from deploycnn.quantization.weights import dequantize, quantize_weight
 Floats = npt.NDArray[np.float64]
 
 
-def correct_biases(
+def bias_shifts(
     model: ModelProto,
     plan: Plan,
     images: Iterable[npt.NDArray[np.float32]],
@@ -35,8 +35,10 @@ def correct_biases(
     weights: Mapping[str, IntegerWeight] | None = None,
     threads: int = 1,
     progress: Callable[[int], None] = lambda _: None,
-) -> ModelProto:
-    """A copy of ``model`` whose float biases make up for the rounding of the weights; ``build`` it with ``plan``.
+) -> dict[str, Floats]:
+    """What rounding the weights adds to the output channels of each layer on average, by node; shape (channels,).
+
+    A layer's shift holds as long as its weights are rounded so, whatever becomes of the other layers.
 
     Args:
         model: Float, prepared; the graph that ``plan`` was made of.
@@ -62,7 +64,7 @@ def correct_biases(
         rounded = (weights or {}).get(name) or quantize_weight(real, plans[name])
         error = (dequantize(rounded) - real).astype(np.float32)
         shifts[node.name] = _mean_output(node, means[node.input[0]], error)
-    return _with_biases(model, shifts)
+    return shifts
 
 
 def _layers(model: ModelProto, plan: Plan) -> list[NodeProto]:
@@ -133,8 +135,8 @@ def _mean_output(node: NodeProto, mean: Floats, weight: npt.NDArray[np.float32])
     return by_channel
 
 
-def _with_biases(model: ModelProto, shifts: Mapping[str, Floats]) -> ModelProto:
-    """A copy of ``model`` with ``shifts`` taken away from the biases of the named layers."""
+def correct_biases(model: ModelProto, shifts: Mapping[str, Floats]) -> ModelProto:
+    """A copy of ``model`` with ``shifts`` taken away from the biases of the named layers, which may have had none."""
     changed = ModelProto()
     changed.CopyFrom(model)
     graph = Structure(changed)

@@ -179,7 +179,7 @@ class _Analysis:
 
     def _product(self, node: NodeProto) -> None:
         for value, other in (node.input, reversed(node.input)):
-            maker = self._graph.made_by.get(other)
+            maker = self._untiled(other)
             if maker is None or value in self._graph.constants:
                 continue
             if maker.op_type == "Sigmoid" and maker.input[0] == value:
@@ -188,12 +188,25 @@ class _Analysis:
                 return
             if self._shapes.get(value) != self._shapes.get(node.output[0]):
                 continue
-            if maker.op_type in {"Sigmoid", "HardSigmoid"}:
+            if maker.op_type in {"Sigmoid", "HardSigmoid"} or self._clips_to_share(maker):
                 # A gate: whatever its own values are, they must stay, and x may be scaled.
-                self._hold(other)
+                self._hold(other, *maker.input[:1], *maker.output)
                 self._join(value, node.output[0])
                 return
         self._hold(*node.input, *node.output)
+
+    def _untiled(self, name: str) -> NodeProto | None:
+        """What makes a value, seen through the Tile by which a gate is repeated over the map (``tile_gates``)."""
+        maker = self._graph.made_by.get(name)
+        return (
+            self._graph.made_by.get(maker.input[0])
+            if maker is not None and maker.op_type == "Tile"
+            else maker
+        )
+
+    def _clips_to_share(self, node: NodeProto) -> bool:
+        """Whether a gate is the Clip to [0, 1] that a HardSigmoid became (``clip_by_range``)."""
+        return node.op_type == "Clip" and self._graph.clip_bounds(node) == (0.0, 1.0)
 
     def _is_silu(self, node: NodeProto) -> bool:
         readers = self._graph.read_by.get(node.output[0], [])

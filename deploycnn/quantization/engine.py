@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from deploycnn.quantization.bias_correction import correct_biases
 from deploycnn.quantization.calibration import Calibration, calibrate, choose_ranges, values_of
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.packs import RulePack
@@ -31,9 +32,11 @@ class Candidate:
     """One way to quantize a model.
 
     Attributes:
-        model: The float graph, prepared; its weights may be equalized, its biases corrected.
+        model: The float graph, prepared; its weights may be equalized, its high biases absorbed.
         calibrator: How ranges are chosen.
         weights: Integer weights by initializer, where they are not those of rounding to nearest.
+        shifts: By node, what its rounded weights add to its output channels on average: taken away from its bias
+            where it is quantized, and only there, so that layers which stay float compute what they always did.
         keep_float: Names of nodes that stay float.
         graph: The finished graph, where it cannot be made from the above (trained weights and scales).
     """
@@ -41,6 +44,7 @@ class Candidate:
     model: ModelProto
     calibrator: Calibrator
     weights: Mapping[str, IntegerWeight] = field(default_factory=dict)
+    shifts: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     keep_float: frozenset[str] = frozenset()
     graph: ModelProto | None = None
 
@@ -112,10 +116,17 @@ class Engine:
         if not plan.quantized_nodes and not plan.weights:
             return candidate.model
         held = {item.initializer for item in plan.weights}
+        model, ranges = candidate.model, self.ranges(candidate)
+        if shifts := {
+            item.node: candidate.shifts[item.node] for item in plan.weights if item.node in candidate.shifts
+        }:
+            # Ranges are of the uncorrected graph: that is what rounded layers with corrected biases come back to.
+            model = correct_biases(model, shifts)
+            plan = place(model, self.pack, candidate.keep_float)
         return build(
-            candidate.model,
+            model,
             plan,
-            self.ranges(candidate),
+            ranges,
             {name: weight for name, weight in candidate.weights.items() if name in held},
         )
 

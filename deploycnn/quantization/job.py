@@ -22,7 +22,7 @@ from deploycnn.quantization.layers import layer_table, value_sqnr
 from deploycnn.quantization.packed import measure, packed
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.preparation import check_exclude, prepare
+from deploycnn.quantization.preparation import check_constants, check_exclude, prepare
 from deploycnn.quantization.quantize import Options, Quantized, Quantizer
 from deploycnn.quantization.record import Record, worst_histograms
 from deploycnn.quantization.remedies import Remedy, remedies
@@ -92,6 +92,7 @@ class Job:
         if is_quantized(original):
             raise PassRequirementError(f"{self.source}: already quantized; give the float32 model")
         model = prepare(original, self.pack)
+        check_constants(model)
         check_exclude(original, model, self.options.exclude)
         plan = place(model, self.pack, self.options.exclude)
         if not plan.quantized_nodes and not plan.weights:
@@ -125,11 +126,13 @@ class Job:
         harm = self._do_no_harm(model, engine, found, judge)
         if harm is not None and harm.ship_float:
             found.model = original
+            # The integer graph was judged; what ships is what it was compared with.
+            found.judgement = found.met = None
         shipped = packed(found.model)
         set_metadata(shipped, get_metadata(original))
         check_onnx(shipped, f"{self.source}: its quantized graph")
         save_onnx(shipped, self.output)
-        return self._record(model, engine, found, macs, harm)
+        return self._record(engine, found, macs, harm)
 
     def _do_no_harm(
         self, model: ModelProto, engine: Engine, found: Quantized, judge: Judge | None
@@ -198,11 +201,16 @@ class Job:
             raise PassRequirementError(
                 "an accuracy budget needs validation images; give data with a val split"
             )
-        return Judge(model, self.judging(images), threads=self.threads, integers=self.integers)
+        judge = Judge(model, self.judging(images), threads=self.threads, integers=self.integers)
+        if judge.top1 is None:
+            raise PassRequirementError(
+                f"{self.source}: a budget is a drop of top-1, and this model's first output is no row of class scores; "
+                "leave out max_top1_drop and auto"
+            )
+        return judge
 
     def _record(
         self,
-        model: ModelProto,
         engine: Engine,
         found: Quantized,
         macs: Mapping[str, int],
@@ -214,11 +222,12 @@ class Job:
         ranges = engine.ranges(candidate)
         values = [name for name in ranges if name in seen.values]
         noise: dict[str, float] = {}
-        if self.judging is not None:
+        if self.judging is not None and is_quantized(found.model):
             self.progress(0, 1, "measuring the noise of each layer")
             batches = self.judging(TABLE_IMAGES)()
+            # The graph that was rounded is the reference: equalized channels have other scales than the file's.
             noise = value_sqnr(
-                model, found.model, values, (images for images, _ in batches), threads=self.threads
+                candidate.model, found.model, values, (images for images, _ in batches), threads=self.threads
             )
         fused = census(self.output, self.pack.target)
         kept_float = _why_float(candidate.model, plan.kept_float, found, harm)
@@ -242,7 +251,7 @@ class Job:
             ranges=ranges,
             layers=layers,
             histograms=worst_histograms(ranges, seen.values, noise),
-            quantized_nodes=() if harm is not None and harm.ship_float else plan.quantized_nodes,
+            quantized_nodes=plan.quantized_nodes if is_quantized(found.model) else (),
             kept_float=kept_float,
             opset=opset_of(found.model),
             fused=fused,

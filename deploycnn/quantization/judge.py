@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
-from deploycnn.graph.observe import image_input
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization.packed import packed
 
@@ -92,20 +91,24 @@ class Judge:
         """
         self._threads = threads
         self._integers = integers
-        self._batch = image_input(reference)[1][0]
         self._images = _Held(batches, HELD_BYTES)
         self._labels: list[npt.NDArray[np.int64]] = []
         self._outputs: list[list[npt.NDArray[np.float32]]] = []
         run = evaluator(reference, threads=threads)
         for images, labels in self._images:
             self._labels.append(labels)
-            self._outputs.append(self._run(run, images))
+            self._outputs.append(run(images))
         if not self._labels:
             raise PassRequirementError("no validation images to judge by; give data with a val split")
         first = self._outputs[0][0]
         self._classifies = first.ndim == 2 and first.shape[1] > 1
         self.images = sum(len(labels) for labels in self._labels)
-        self.top1 = self._share(lambda index: self._outputs[index][0].argmax(axis=1) == self._labels[index])
+        self._hits = sum(
+            int((outputs[0].argmax(axis=1) == labels).sum())
+            for outputs, labels in zip(self._outputs, self._labels, strict=True)
+            if self._classifies
+        )
+        self.top1 = self._hits / self.images if self._classifies else None
 
     def __call__(self, candidate: ModelProto) -> Judgement:
         """Run ``candidate`` on the images and compare."""
@@ -113,7 +116,7 @@ class Judge:
         signal = noise = 0.0
         hits = same = 0
         for index, (images, labels) in enumerate(self._images):
-            expected, found = self._outputs[index], self._run(run, images)
+            expected, found = self._outputs[index], run(images)
             for right, output in zip(expected, found, strict=True):
                 signal += float(np.square(right, dtype=np.float64).sum())
                 noise += float(np.square(right.astype(np.float64) - output).sum())
@@ -122,32 +125,12 @@ class Judge:
                 hits += int((predicted == labels).sum())
                 same += int((predicted == expected[0].argmax(axis=1)).sum())
         return Judgement(
-            top1_drop=self.top1 - hits / self.images if self.top1 is not None else None,
+            # Of counts: a difference of shares would put a drop of exactly the budget above it.
+            top1_drop=(self._hits - hits) / self.images if self._classifies else None,
             agreement=same / self.images if self._classifies else None,
             sqnr_db=decibels(signal, noise),
             images=self.images,
         )
-
-    def _share(self, right: Callable[[int], npt.NDArray[np.bool_]]) -> float | None:
-        if not self._classifies:
-            return None
-        return sum(int(right(index).sum()) for index in range(len(self._labels))) / self.images
-
-    def _run(
-        self,
-        run: Callable[[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]],
-        images: npt.NDArray[np.float32],
-    ) -> list[npt.NDArray[np.float32]]:
-        """Outputs of a batch of any size, also where the graph takes one size only."""
-        size = self._batch or len(images)
-        parts = []
-        for start in range(0, len(images), size):
-            piece = images[start : start + size]
-            count = len(piece)
-            if count < size:
-                piece = np.concatenate([piece, np.repeat(piece[-1:], size - count, axis=0)])
-            parts.append([output[:count] for output in run(piece)])
-        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
 class _Held:

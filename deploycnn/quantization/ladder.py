@@ -1,8 +1,8 @@
 """The repair ladder: cheap remedies first, dearer ones only while the budget is not met, each one's worth logged.
 
 A rung changes a candidate (other ranges, equalized weights, corrected biases, learned rounding, layers in float,
-trained weights). It is kept where the judged graph is better than the best so far and undone where it is not, so that
-a remedy that harms one model does not stay in it.
+trained weights). It is kept where the judged graph meets the budget or is better than the best so far, and undone
+where it is not, so that a remedy that harms one model does not stay in it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def climb(
             continue
         graph = build(candidate)
         found = judge(graph)
-        better = _better(found, judgement)
+        better = found.within(max_top1_drop) or _better(found, judgement)
         tried.append(
             Tried(
                 rung=rung.name,

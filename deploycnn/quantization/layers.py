@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from deploycnn.core import Json
 from deploycnn.graph.model import consumers, producers
-from deploycnn.graph.observe import exposing, image_input
+from deploycnn.graph.observe import exposing
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization.judge import decibels
 from deploycnn.quantization.structure import COMPUTE
@@ -138,7 +138,7 @@ def value_sqnr(
         model: The float graph.
         quantized: The Q/DQ graph made from it.
         values: Names of float values.
-        images: A few batches; both graphs see them. Where the batch size is fixed, the last may be cut.
+        images: A few batches; both graphs see them.
         threads: CPU threads.
     """
     held = {name: other for name in values if (other := _rounded(quantized, name)) is not None}
@@ -147,12 +147,10 @@ def value_sqnr(
     names, others = list(held), [held[name] for name in held]
     reference = evaluator(exposing(model, names), threads=threads, outputs=names)
     candidate = evaluator(exposing(quantized, others), threads=threads, outputs=others)
-    fixed = image_input(model)[1][0]
-    size = fixed or _IMAGES_AT_ONCE
     powers = np.zeros((len(names), 2))
     for batch in images:
-        for start in range(0, len(batch) - (len(batch) % size if fixed else 0), size):
-            piece = batch[start : start + size]
+        for start in range(0, len(batch), _IMAGES_AT_ONCE):
+            piece = batch[start : start + _IMAGES_AT_ONCE]
             for row, (right, found) in enumerate(zip(reference(piece), candidate(piece), strict=True)):
                 powers[row, 0] += np.square(right, dtype=np.float64).sum()
                 powers[row, 1] += np.square(right.astype(np.float64) - found).sum()

@@ -97,7 +97,9 @@ def _weight(node: NodeProto, weight: Rounding, pack: RulePack) -> Iterator[Found
         )
     rank = 0 if weight.integers is None else weight.integers.ndim
     axis = output_axis(node)
-    if (
+    if weight.scale is not None and weight.scale.ndim > 1:
+        yield "QDQ006", node.name, f"blocks of weights with scales of shape {weight.scale.shape}"
+    elif (
         pack.per_channel
         and not weight.per_channel
         and (weight.integers is None or weight.integers.shape[axis] > 1)
@@ -131,10 +133,11 @@ def _bias(node: NodeProto, weight: Rounding, reading: Reading, pack: RulePack) -
         return
     if bias.scale is None or data.scale is None or weight.scale is None:
         return
-    wanted = np.broadcast_to(
-        data.scale.reshape(-1)[:1] * weight.scale.reshape(-1), bias.scale.reshape(-1).shape
-    )
-    held = bias.scale.reshape(-1)
+    wanted, held = data.scale.reshape(-1)[:1] * weight.scale.reshape(-1), bias.scale.reshape(-1)
+    if held.size > 1 and wanted.size > 1 and held.size != wanted.size:
+        yield "QDQ010", node.name, f"{held.size} bias scales; the weights have {wanted.size}"
+        return
+    held, wanted = np.broadcast_arrays(held, wanted)
     if not np.allclose(held, wanted, rtol=_SCALE_TOLERANCE, atol=0.0) or (
         bias.zero_point is not None and bias.zero_point.any()
     ):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from onnx import ModelProto
+import numpy as np
+from onnx import ModelProto, numpy_helper
 
 from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.graph.batchnorm import batchnorm_to_depthwise
 from deploycnn.graph.cleanup import simplify
-from deploycnn.graph.model import infer_shapes
+from deploycnn.graph.model import infer_shapes, initializers
 from deploycnn.graph.names import name_nodes
 from deploycnn.graph.observe import image_input
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.insertion import MIN_OPSET
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.rewrites import apply_rewrites
+from deploycnn.quantization.structure import COMPUTE
 
 
 def prepare(original: ModelProto, pack: RulePack | None = None) -> ModelProto:
@@ -38,6 +40,23 @@ def prepare(original: ModelProto, pack: RulePack | None = None) -> ModelProto:
     if pack is not None:
         apply_rewrites(model, pack.rewrites)
     return model
+
+
+def check_constants(model: ModelProto) -> None:
+    """Refuse weights and biases that are NaN or infinite: integers would hide them.
+
+    Raises:
+        PassRequirementError: names the constant and its node.
+    """
+    weights = initializers(model.graph)
+    for node in model.graph.node:
+        if node.op_type not in COMPUTE:
+            continue
+        for name in node.input[1:]:
+            if name in weights and not np.isfinite(numpy_helper.to_array(weights[name])).all():
+                raise PassRequirementError(
+                    f'weights "{name}" of node "{node.name}" hold NaN or infinity; mend or fetch the model again'
+                )
 
 
 def check_exclude(original: ModelProto, prepared: ModelProto, exclude: Iterable[str]) -> None:

@@ -170,16 +170,19 @@ def starting_weights(layers: list[Layer]) -> dict[str, npt.NDArray[np.generic]]:
     """Float weights that round to the present integers, as near to the float graph's as these allow.
 
     A weight of the float graph that lies more than a step away (its layer was equalized, say) says nothing; there
-    the integer itself is the start.
+    the integer itself is the start, as it is for a weight of another shape.
 
     Returns:
         By name of the integer initializer.
     """
     found: dict[str, npt.NDArray[np.generic]] = {}
     for layer in layers:
-        stored, rank = layer.stored, layer.weight.ndim
+        stored, rank = layer.stored, layer.stored.integers.ndim
         scale = along(stored.scale, stored.axis, rank).astype(np.float64)
         steps = (stored.integers - along(stored.zero_point, stored.axis, rank)).astype(np.float64)
+        if layer.weight.shape != steps.shape:
+            found[stored.name] = (steps * scale).astype(np.float32)
+            continue
         wanted = layer.weight.astype(np.float64) / scale - steps
         offset = np.where(np.abs(wanted) <= 1.0, np.clip(wanted, -_MARGIN, _MARGIN), 0.0)
         found[stored.name] = ((steps + offset) * scale).astype(np.float32)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deploycnn.core import Json
+from deploycnn.errors import PassRequirementError
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.judge import Judge, Judgement
 from deploycnn.quantization.ladder import Rung, Tried, climb
 from deploycnn.quantization.remedies import Remedy
-from deploycnn.quantization.sensitivity import Sensitivity, keep_within, measure_sensitivity
+from deploycnn.quantization.sensitivity import Sensitivity, keep_within, measure_sensitivity, share_given_up
 from deploycnn.quantization.types import Calibrator
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-#: The rung that keeps layers in float; it judges for itself.
-FLOAT_LAYERS = "float layers"
+#: The rungs that keep layers in float: as many as the budget needs, and only if these are few.
+FLOAT_LAYERS, FEW_FLOAT_LAYERS = "float layers", "few float layers"
+
+#: Few are those that give up at most this share of what integers save; beyond, training is tried first.
+FEW = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +87,7 @@ class Quantizer:
         engine: Builds candidates.
         judge: Compares graphs with ``model`` on validation images; ``None`` where there is no budget.
         quick_judge: The same on fewer images, for the sensitivity of layers.
-        remedies: What may be applied, by name; ``FLOAT_LAYERS`` is always there.
+        remedies: What may be applied, by name; ``FLOAT_LAYERS`` and ``FEW_FLOAT_LAYERS`` are always there.
         gains_ms: Time that integers save in each layer, asked when layers are to be left in float.
         macs: Multiply-accumulates by layer.
         tell: Told what is being done.
@@ -104,13 +109,18 @@ class Quantizer:
         self._engine = engine
         self._judge = judge
         self._quick_judge = quick_judge
-        self._remedies = {**(remedies or {}), FLOAT_LAYERS: self._keep_float_layers}
+        self._remedies: Mapping[str, Remedy] = {
+            **(remedies or {}),
+            FEW_FLOAT_LAYERS: partial(self._keep_float_layers, most=FEW),
+            FLOAT_LAYERS: self._keep_float_layers,
+        }
         self._gains_ms = gains_ms
         self._macs = macs
         self._tell = tell
         self._budget = 0.0
         self._sensitivities: tuple[Sensitivity, ...] = ()
-        self._accuracy_float: frozenset[str] = frozenset()
+        #: What was searched for layers to keep in float, and the layers that were found.
+        self._searched: tuple[Candidate, frozenset[str]] | None = None
 
     def run(self, options: Options) -> Quantized:
         """Quantize as asked.
@@ -136,7 +146,7 @@ class Quantizer:
             first=" + ".join((options.calibrator, *options.remedies)),
             tell=self._tell,
         )
-        kept = any(step.rung == FLOAT_LAYERS and step.kept for step in found.tried)
+        kept = any(step.rung in {FLOAT_LAYERS, FEW_FLOAT_LAYERS} and step.kept for step in found.tried)
         return Quantized(
             candidate=found.candidate,
             model=found.model,
@@ -144,11 +154,29 @@ class Quantizer:
             met=found.met,
             tried=found.tried,
             sensitivities=self._sensitivities,
-            accuracy_float=self._accuracy_float if kept else frozenset(),
+            accuracy_float=self._searched[1] if kept and self._searched is not None else frozenset(),
         )
 
-    def _keep_float_layers(self, best: Candidate) -> Candidate:
-        """Leave the cheapest layers in float that bring the model within the budget."""
+    def _keep_float_layers(self, best: Candidate, most: float = 1.0) -> Candidate:
+        """Leave the cheapest layers in float that bring the model within the budget.
+
+        Raises:
+            PassRequirementError: they give up more than the share ``most`` of what integers save.
+        """
+        if self._searched is None:
+            self._searched = best, self._float_layers(best)
+        start, kept = self._searched
+        share = share_given_up(kept, self._sensitivities)
+        if share > most:
+            raise PassRequirementError(
+                f"{len(kept)} of {len(self._sensitivities)} layers would stay float, which gives up "
+                f"{100 * share:.0f}% of what integers save; more than {100 * most:.0f}% is the last resort"
+            )
+        # Of the candidate that was searched: trained weights belong to one placement.
+        return replace(start, keep_float=start.keep_float | kept)
+
+    def _float_layers(self, best: Candidate) -> frozenset[str]:
+        """The cheapest layers to keep in float, by measured sensitivity and judged sets."""
         assert self._judge is not None  # noqa: S101 - a rung of the ladder, which judges
         judge = self._quick_judge or self._judge
         layers = self._engine.layers(best)
@@ -174,8 +202,7 @@ class Quantizer:
             return whole(graph)
 
         found = keep_within(self._budget, self._sensitivities, build, tried)
-        self._accuracy_float = found.keep_float
-        return replace(best, keep_float=best.keep_float | found.keep_float)
+        return found.keep_float
 
 
 def ladder_table(tried: Sequence[Tried]) -> list[tuple[str | float | bool | None, ...]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from deploycnn.errors import PassRequirementError
 from deploycnn.graph.cleanup import simplify
 from deploycnn.graph.model import attribute, infer_shapes, initializers, value_types
 from deploycnn.graph.names import name_nodes
@@ -238,7 +239,11 @@ class _Stripper:
 
 
 def _real(rounding: Rounding) -> npt.NDArray[np.float32]:
-    """The real numbers of a stored constant; of unknown scale, its integers."""
+    """The real numbers of a stored constant; of unknown scale, its integers.
+
+    Raises:
+        PassRequirementError: there is another number of scales than of channels.
+    """
     integers, scale, zero_point = rounding.integers, rounding.scale, rounding.zero_point
     assert integers is not None  # noqa: S101 - it is stored
     if scale is None or zero_point is None:
@@ -250,4 +255,19 @@ def _real(rounding: Rounding) -> npt.NDArray[np.float32]:
             zero_point = zero_point.reshape(shape) if zero_point.ndim and zero_point.size > 1 else zero_point
     elif scale.size == 1:
         scale, zero_point = scale.reshape(()), zero_point.reshape(-1)[:1].reshape(())
-    return np.asarray((integers - zero_point) * scale, dtype=np.float32)
+    elif scale.ndim == integers.ndim:
+        scale, zero_point = (_unblocked(held, integers.shape) for held in (scale, zero_point))
+    try:
+        return np.asarray((integers - zero_point) * scale, dtype=np.float32)
+    except ValueError as error:
+        raise PassRequirementError(
+            f'node "{rounding.node}": {scale.size} scales for values of shape {integers.shape}; quantize the model anew'
+        ) from error
+
+
+def _unblocked(held: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Scales or zero points of blocks, repeated for each element (``block_size`` of operator set 21)."""
+    for axis, (count, size) in enumerate(zip(held.shape, shape, strict=False)):
+        if 1 < count < size:
+            held = np.repeat(held, -(-size // count), axis=axis).take(range(size), axis=axis)
+    return held

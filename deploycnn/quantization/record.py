@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from deploycnn.core import Histogram, Json, Table
+from deploycnn.graph.model import is_quantized
 from deploycnn.quantization.fusion import FusedCounts
 from deploycnn.quantization.harm import Unharmed
 from deploycnn.quantization.isa import detect_isa
@@ -51,8 +52,8 @@ class Record:
 
     @property
     def precision(self) -> str:
-        """What the graph is: "int8", or "fp32" where no integer graph was faster."""
-        return "fp32" if self.harm is not None and self.harm.ship_float else "int8"
+        """What the graph is: "int8", or "fp32" where no integer graph was faster or within the budget."""
+        return "int8" if is_quantized(self.quantized.model) else "fp32"
 
     @property
     def scheme(self) -> str:
@@ -86,6 +87,7 @@ class Record:
             "opset": self.opset,
             "fused": None if self.fused is None else _without_layers(self.fused),
             "isa": asdict(detect_isa()),
+            "max_top1_drop": self.options.max_top1_drop,
             **self.quantized.to_json(),
             "do_no_harm": "not timed" if self.harm is None else self.harm.words,
         }

@@ -50,7 +50,7 @@ def _equalize(best: Candidate, engine: Engine, tell: Tell) -> Candidate:
     model = equalize(
         best.model, engine.images(), threads=engine.threads, progress=_counted(tell, "equalizing channels")
     )
-    return replace(best, model=model, weights={})
+    return replace(best, model=model, weights={}, shifts={})
 
 
 def _absorb(best: Candidate, engine: Engine, tell: Tell) -> Candidate:
@@ -59,13 +59,13 @@ def _absorb(best: Candidate, engine: Engine, tell: Tell) -> Candidate:
     model = absorb_high_biases(
         best.model, engine.images(), threads=engine.threads, progress=_counted(tell, "absorbing high biases")
     )
-    return replace(best, model=model, weights={})
+    return replace(best, model=model, weights={}, shifts={})
 
 
 def _correct(best: Candidate, engine: Engine, tell: Tell) -> Candidate:
-    from deploycnn.quantization.bias_correction import correct_biases
+    from deploycnn.quantization.bias_correction import bias_shifts
 
-    model = correct_biases(
+    shifts = bias_shifts(
         best.model,
         engine.plan(best),
         engine.images(),
@@ -73,7 +73,7 @@ def _correct(best: Candidate, engine: Engine, tell: Tell) -> Candidate:
         threads=engine.threads,
         progress=_counted(tell, "correcting biases"),
     )
-    return replace(best, model=model)
+    return replace(best, shifts=shifts)
 
 
 def _counted(tell: Tell, what: str) -> Callable[[int], None]:
@@ -87,13 +87,14 @@ def _adaround(best: Candidate, engine: Engine, seed: int, tell: Tell) -> Candida
     plan = engine.plan(best)
     rounded = adaround(
         best.model,
-        engine.build(replace(best, weights={})),
+        engine.build(replace(best, weights={}, shifts={})),
         first_images(engine, ADAROUND_IMAGES),
         Settings(threads=engine.threads, seed=seed),
         bounds={item.initializer: (item.number.qmin, item.number.qmax) for item in plan.weights},
         progress=lambda done, total: tell(done, total, "learning to round"),
     )
-    return replace(best, weights=rounded.weights)
+    # Learned with the layers before it as they are rounded, it makes up for their shifts, and its own are others.
+    return replace(best, weights=rounded.weights, shifts={})
 
 
 def first_images(engine: Engine, count: int) -> npt.NDArray[np.float32]:

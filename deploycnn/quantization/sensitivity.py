@@ -164,13 +164,20 @@ def keep_within(
     )
 
 
-def _cost(layer: Sensitivity, layers: Sequence[Sensitivity]) -> float:
-    """What keeping the layer float costs, as a share of all; never zero, so that a free layer ranks first."""
-    timed = [other.gain_ms for other in layers if other.gain_ms is not None]
+def share_given_up(kept: Collection[str], layers: Sequence[Sensitivity]) -> float:
+    """What keeping some layers float costs, as a share of what integers save in all of them."""
+    return sum(_share(layer, layers) for layer in layers if layer.node in kept)
+
+
+def _share(layer: Sensitivity, layers: Sequence[Sensitivity]) -> float:
+    """A layer's part of what integers save: of the measured time, or of the multiply-accumulates without one."""
     if layer.gain_ms is not None:
-        total = sum(max(gain, 0.0) for gain in timed)
-        share = max(layer.gain_ms, 0.0) / total if total > 0 else 0.0
-    else:
-        total = sum(other.macs for other in layers)
-        share = layer.macs / total if total else 1.0 / max(len(layers), 1)
-    return max(share, 1e-4)
+        total = sum(max(other.gain_ms, 0.0) for other in layers if other.gain_ms is not None)
+        return max(layer.gain_ms, 0.0) / total if total > 0 else 0.0
+    macs = sum(other.macs for other in layers)
+    return layer.macs / macs if macs else 1.0 / max(len(layers), 1)
+
+
+def _cost(layer: Sensitivity, layers: Sequence[Sensitivity]) -> float:
+    """What keeping the layer float costs; never zero, so that a free layer ranks first."""
+    return max(_share(layer, layers), 1e-4)

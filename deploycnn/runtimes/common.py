@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +25,6 @@ COMPUTE_OPS = frozenset(
         "Convolution", "FullyConnected", "Deconvolution",
     }
 )  # fmt: skip
-
-
-def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """A foreign library's message on one line, without source locations, at most ``limit`` characters."""
-    text = re.sub(r"(?:Exception from |Check '.*?' failed at )\S+:\d+:?", "", str(error))
-    text = re.sub(r"/\S*/(\S+\.(?:cc|cpp|h)):\d+ [^|]*?\)\s", "", text)
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def unavailable(error: DeployCNNError, version: str, mend: str) -> Availability:
@@ -170,40 +160,6 @@ def graph_precision(model: Any) -> str:
         # a weight that is dequantized or computed on the fly is f32 in all graphs that ONNX Runtime makes
         found.append(floats.get(kind, "f32") if kind is not None else "f32")
     return precision_label(found, ["f32"])
-
-
-@contextmanager
-def onnxruntime_errors(path: Path | str, version: str) -> Iterator[None]:
-    """Turn ONNX Runtime's own exceptions into ArtifactError; anything else passes."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    try:
-        yield
-    except state.InvalidProtobuf as error:
-        raise ArtifactError(
-            f"{path}: not an ONNX file, or cut short ({_onnxruntime_reason(error)}); copy it again"
-        ) from error
-    except state.NotImplemented as error:
-        raise ArtifactError(
-            f"{path}: an operator is not supported by onnxruntime: {_onnxruntime_reason(error)}"
-        ) from error
-    except (
-        state.Fail, state.InvalidArgument, state.InvalidGraph, state.NoModel, state.NoSuchFile,
-        state.NotFound, state.EPFail, state.RuntimeException,
-    ) as error:  # fmt: skip
-        raise ArtifactError(
-            f"{path}: onnxruntime {version} cannot load or run it: {_onnxruntime_reason(error)}"
-        ) from error
-
-
-def _onnxruntime_reason(error: Exception) -> str:
-    text = str(error).rpartition(" failed:")[2]
-    opset = re.search(
-        r"Opset (\d+) is under development.*support for domain (\S+) is till opset (\d+)", text, re.DOTALL
-    )
-    if opset:
-        return f"it is made for opset {opset[1]} of {opset[2]}, known up to {opset[3]}; upgrade or re-export"
-    return one_line(text.removeprefix("[ONNXRuntimeError] : "))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

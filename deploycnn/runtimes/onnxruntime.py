@@ -25,6 +25,7 @@ from deploycnn import optional
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
 from deploycnn.gpu import device as gpu
 from deploycnn.gpu import ort as gpu_ort
+from deploycnn.graph.onnxruntime_errors import onnxruntime_errors
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
 from deploycnn.runtimes.common import (
     COMPUTE_OPS,
@@ -35,7 +36,6 @@ from deploycnn.runtimes.common import (
     check_request,
     graph_facts,
     graph_precision,
-    onnxruntime_errors,
     precision_label,
     tiny_onnx,
     unavailable,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploycnn import optional
-from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.errors import ArtifactError, RuntimeUnavailable, one_line
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
 from deploycnn.runtimes.common import (
     COMPUTE_OPS,
@@ -25,7 +25,6 @@ from deploycnn.runtimes.common import (
     check_file,
     check_images,
     check_request,
-    one_line,
     precision_label,
     tiny_onnx,
     unavailable,

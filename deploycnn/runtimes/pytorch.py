@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deploycnn import optional
-from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.errors import ArtifactError, RuntimeUnavailable, one_line
 from deploycnn.gpu import device as gpu
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
-from deploycnn.runtimes.common import check_file, check_images, check_request, one_line, unavailable
+from deploycnn.runtimes.common import check_file, check_images, check_request, unavailable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -56,8 +56,10 @@ def pictures(*, train: int = 40, val: int = 20, size: int = 12) -> Data:
 
 def context(folder: Path, data: Data | None, **changes: object) -> Context:
     output = folder / "output"
-    output.mkdir(parents=True, exist_ok=True)
-    return Context(output=output, scratch=folder / "scratch", data=data, **changes)  # type: ignore[arg-type]
+    scratch = folder / "scratch"
+    for path in (output, scratch):
+        path.mkdir(parents=True, exist_ok=True)
+    return Context(output=output, scratch=scratch, data=data, **changes)  # type: ignore[arg-type]
 
 
 def torch_artifact(

@@ -171,3 +171,22 @@ def test_bf16_is_an_option(exported: Artifact, tmp_path) -> None:
     int8 = dataclasses.replace(exported, facts=dataclasses.replace(exported.facts, precision="int8"))
     with pytest.raises(PassRequirementError, match="bf16 behind int8"):
         Fp16(dtype="bf16").requires(int8)
+
+
+def test_kept_operators_that_do_not_exist_are_refused_with_the_nearest(exported: Artifact, tmp_path) -> None:
+    with pytest.raises(
+        PassRequirementError, match='keep_fp32_ops: the model has no operator or node "Convv".*Conv'
+    ):
+        Fp16(keep_fp32_ops=("Convv",)).run(exported, context(tmp_path, pictures()))
+
+
+def test_a_batch_larger_than_the_images_at_hand_is_filled_up(exported: Artifact, tmp_path) -> None:
+    model = load_onnx(exported.path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 32
+    del model.graph.value_info[:]
+    save_onnx(model, tmp_path / "fixed.onnx")
+    source = dataclasses.replace(exported, path=tmp_path / "fixed.onnx")
+    parity = Fp16().run(source, context(tmp_path, pictures())).facts.record["parity"]
+    assert (parity["images"], parity["batch_sizes"]) == (16, [32])
+    assert 0 < parity["max_rel_error"] < 0.01

@@ -5,12 +5,13 @@ import json
 from functools import partial
 
 import pytest
+from onnx import helper
 from torch import nn
 
 from deploycnn import schema
 from deploycnn.core import Artifact
-from deploycnn.errors import DataError, PassRequirementError, PreprocessingError, RecipeError
-from deploycnn.graph.model import is_quantized, load_onnx
+from deploycnn.errors import ArtifactError, DataError, PassRequirementError, PreprocessingError, RecipeError
+from deploycnn.graph.model import is_quantized, load_onnx, save_onnx
 from deploycnn.passes.export import Export
 from deploycnn.passes.fp16 import Fp16
 from deploycnn.passes.int8 import Int8
@@ -172,6 +173,9 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     for options, words in (
         ({"weights_only": True, "mode": "auto"}, "does not go with auto"),
         ({"weights_only": True, "activations": "int8"}, "leaves activations in float"),
+        ({"mode": "auto", "equalize": True, "calibrator": "mse"}, "leave out calibrator, equalize"),
+        ({"qat_epochs": 3}, "qat_epochs is for auto"),
+        ({"judge_images": 100}, "give max_top1_drop too"),
     ):
         with pytest.raises(RecipeError, match=words):
             schema.build(Int8, options, "int8")
@@ -200,3 +204,105 @@ def test_what_int8_cannot_do_is_refused(exported: Artifact, tmp_path) -> None:
 def test_fields_out_of_range_are_refused(options) -> None:
     with pytest.raises(RecipeError, match=next(iter(options))):
         schema.build(Int8, options, "int8")
+
+
+def batched(exported: Artifact, path, batch: int) -> Artifact:
+    """The same model for batches of one size."""
+    model = load_onnx(exported.path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    del model.graph.value_info[:]
+    save_onnx(model, path)
+    return dataclasses.replace(exported, path=path)
+
+
+@pytest.mark.parametrize("batch", [3, 64])
+def test_a_fixed_batch_of_any_size_is_filled_up(exported: Artifact, tmp_path, batch: int) -> None:
+    fixed = batched(exported, tmp_path / "fixed.onnx", batch)
+    records = {}
+    for name, source in (("free", exported), ("fixed", fixed)):
+        ctx = context(tmp_path / name, pictures())
+        records[name] = Int8(calibration_images=25).run(source, ctx).facts.record
+    assert records["fixed"]["parity"]["images"] == records["free"]["parity"]["images"] == 20
+    assert records["fixed"]["parity"]["top1_agreement"] == records["free"]["parity"]["top1_agreement"]
+    tables = {
+        name: next(table["rows"] for table in record["tables"] if table["title"] == "Layers")
+        for name, record in records.items()
+    }
+    for fixed_row, free_row in zip(tables["fixed"], tables["free"], strict=True):
+        assert fixed_row[5] == pytest.approx(free_row[5], abs=1e-3)  # SQNR, dB
+
+
+def test_auto_trains_before_more_than_a_few_layers_stay_float(
+    exported: Artifact, tmp_path, monkeypatch
+) -> None:
+    """No budget below zero can be asked for, so the ladder is made to climb to its end."""
+    from deploycnn.quantization import quantize
+
+    monkeypatch.setattr(quantize, "FEW", -1.0)
+    monkeypatch.setattr("deploycnn.passes.int8._AUTO_BUDGET", -0.5)
+    monkeypatch.setattr(rounding, "Settings", partial(rounding.Settings, iterations=60, samples=256))
+    ctx = context(tmp_path, pictures())
+    facts = Int8(mode="auto", calibration_images=20, qat_epochs=1).run(exported, ctx).facts
+    rows = next(table["rows"] for table in facts.record["tables"] if table["title"].startswith("Repair"))
+    assert [row[0] for row in rows] == [
+        "percentile", "mse", "equalize", "correct_bias", "adaround", "few float layers", "qat", "float layers",
+    ]  # fmt: skip
+    trained = rows[-2]
+    assert trained[2] is not None, "the trained graph was judged"
+    assert trained[5] > 0
+    assert facts.record["int8"]["budget_met"] is False
+    assert facts.record["int8"]["max_top1_drop"] == -0.5
+    rungs = Int8(mode="auto", adaround=False, qat_epochs=0)._options().ladder
+    assert rungs == ("mse", "equalize", "correct_bias", "float layers")
+
+
+def test_biases_are_corrected_after_rounding_is_decided() -> None:
+    assert Int8(adaround=True, correct_bias=True, equalize=True)._options().remedies == (
+        "equalize", "adaround", "correct_bias",
+    )  # fmt: skip
+
+
+def test_asymmetric_activations_are_for_cpus(exported: Artifact, tmp_path) -> None:
+    with pytest.raises(PassRequirementError, match="activations: uint8 is for CPU targets, not tensorrt"):
+        Int8(activations="uint8").run(exported, context(tmp_path, pictures(), target="tensorrt"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "timed"),
+    [("target", True), ("openvino", True), ("onnxruntime-cpu", False), ("tensorrt", False)],
+)
+def test_rules_for_other_kernels_are_not_raced(exported: Artifact, tmp_path, rules: str, timed: bool) -> None:
+    class Refuses:
+        runtime, settings = "openvino:f32", ((1, 1),)
+
+        def race(self, *_: object, **__: object):
+            raise RuntimeError("raced")
+
+        def layer_ms(self, *_: object, **__: object) -> dict[str, float]:
+            return {}
+
+    ctx = context(tmp_path, pictures(), target="openvino", stopwatch=Refuses())
+    step = Int8(calibration_images=5, rules=rules)
+    if timed:
+        with pytest.raises(RuntimeError, match="raced"):
+            step.run(exported, ctx)
+    else:
+        assert step.run(exported, ctx).facts.record["int8"]["do_no_harm"] == "not timed"
+    assert Int8(rules="onnxruntime-cpu")._same_kernels("cpu")
+    assert not Int8(rules="openvino")._same_kernels("cpu")
+
+
+@pytest.mark.parametrize("fault", ["opset", "operator"])
+def test_what_onnxruntime_lacks_is_one_error(exported: Artifact, tmp_path, fault: str) -> None:
+    model = load_onnx(exported.path)
+    if fault == "opset":
+        next(item for item in model.opset_import if not item.domain).version = 99
+    else:
+        next(node for node in model.graph.node if node.op_type == "Relu").domain = "my.ops"
+        model.opset_import.append(helper.make_opsetid("my.ops", 1))
+    path = tmp_path / "strange.onnx"
+    save_onnx(model, path)
+    strange = dataclasses.replace(exported, path=path)
+    with pytest.raises((ArtifactError, PassRequirementError), match="99" if fault == "opset" else r"my\.ops"):
+        Int8(calibration_images=5).run(strange, context(tmp_path, pictures()))

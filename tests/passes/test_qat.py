@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deploycnn import registry, schema
 from deploycnn.core import Artifact, Context, Facts, TensorSpec
@@ -19,7 +20,9 @@ from deploycnn.graph.parity import evaluator
 from deploycnn.graph.probe import parity_images
 from deploycnn.passes.int8 import Int8
 from deploycnn.passes.qat import Qat
+from deploycnn.quantization import packs
 from deploycnn.quantization import qat as quantization_qat
+from deploycnn.quantization.preparation import prepare
 from deploycnn.training.losses import Distillation
 from tests.graph.nets import Residual, randomized
 from tests.passes.training_support import DATA as TORCH_DATA
@@ -211,3 +214,49 @@ def test_averages_and_mixed_images_end_in_a_graph_that_agrees(
 ) -> None:
     draft = Qat(**QUICK, method="dist", ema=0.9, mixup=0.4).run(chain[1], context(tmp_path, chain))
     assert draft.facts.record["qat"]["agreement"]["within_one_step"] >= 0.999
+
+
+class Grouped(nn.Module):
+    """A grouped convolution, which the CPU's rules widen, behind a HardSwish, which they rewrite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.hardswish(self.stem(images_NCHW))
+        logits_NK: torch.Tensor = self.head(torch.relu(self.conv(hidden)).mean((2, 3)))
+        return logits_NK
+
+
+def test_what_int8_rewrote_is_trained_from_the_rewritten_float_weights(tmp_path: Path) -> None:
+    model = export_onnx(randomized(Grouped()), (3, 8, 8), opset=18, classes=list(CLASSES))
+    save_onnx(model, tmp_path / "float.onnx")
+    full = onnx_artifact(tmp_path / "float.onnx", "fp32", preprocessing=DATA.preprocessing.to_json())
+    ctx = make_context(tmp_path / "int8", DATA, target="onnxruntime-cpu")
+    quantized = as_artifact(Int8(calibration_images=30, reduce_range=True).run(full, ctx), ctx.output)
+    quantized = replace(quantized, path=ctx.output / "model.onnx")
+    stored = {t.name: list(t.dims) for t in load_onnx(quantized.path).graph.initializer}
+    assert [16, 16, 3, 3] in stored.values(), "groups of 4 channels became one of 16"
+    draft = Qat(**QUICK).run(quantized, context(tmp_path / "qat", (full, quantized)))
+    assert draft.facts.record["qat"]["agreement"]["within_one_step"] >= 0.999
+    rewritten = prepare(load_onnx(full.path), packs.get("onnxruntime-cpu"))
+    layers = quantization_qat.find_layers(rewritten, load_onnx(quantized.path))
+    starts = quantization_qat.starting_weights(layers)
+    for layer in layers:
+        assert layer.weight.shape == layer.stored.integers.shape
+        # Nearly all weights begin where float had them, and none further than half a step away.
+        off = np.abs(starts[layer.stored.name] - layer.weight)
+        assert np.median(off) < 1e-6
+    plain = quantization_qat.find_layers(prepare(load_onnx(full.path)), load_onnx(quantized.path))
+    assert any(layer.weight.shape != layer.stored.integers.shape for layer in plain), "the rules matter"
+    assert quantization_qat.starting_weights(plain).keys() == starts.keys()
+
+
+def test_where_int8_shipped_float_the_reason_is_told(chain: tuple[Artifact, Artifact]) -> None:
+    record = {"int8": {"do_no_harm": "no INT8 graph is faster than float"}}
+    source = replace(chain[0], facts=replace(chain[0].facts, record=record))
+    with pytest.raises(PassRequirementError, match=r"int8 left all of it float \(no INT8 graph is faster"):
+        Qat().requires(source)

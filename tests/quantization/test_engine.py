@@ -4,20 +4,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 
+from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import is_quantized
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization import engine as engines
 from deploycnn.quantization import packs
+from deploycnn.quantization import quantize as quantizing
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.job import layer_macs
 from deploycnn.quantization.judge import EXACT_DB, Judge
 from deploycnn.quantization.layers import layer_table, value_sqnr
 from deploycnn.quantization.preparation import prepare
-from deploycnn.quantization.quantize import FLOAT_LAYERS, Options, Quantizer
+from deploycnn.quantization.quantize import FEW_FLOAT_LAYERS, FLOAT_LAYERS, Options, Quantizer
 from deploycnn.quantization.remedies import choose, first_images, remedies
+from deploycnn.quantization.sensitivity import Mixed, Sensitivity, share_given_up
 from tests.graph.nets import Residual, images, randomized
 
 SHAPE = (3, 12, 12)
@@ -185,3 +188,100 @@ def test_the_first_images_are_those_of_the_calibration() -> None:
     found = first_images(make(), 11)
     assert (found == np.concatenate(calibration())[:11]).all()
     assert len(first_images(make(), 1000)) == 16
+
+
+def bias_of(model: ModelProto, node: str) -> np.ndarray:
+    """A layer's bias in real numbers, however it is stored."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    made_by = {name: other for other in model.graph.node for name in other.output}
+    name = next(other for other in model.graph.node if other.name == node).input[2]
+    if name in constants:
+        return constants[name].astype(np.float64)
+    integers, scale = (constants[item] for item in made_by[name].input[:2])
+    return integers * scale.astype(np.float64)
+
+
+def test_corrected_biases_are_those_of_quantized_layers_only(model: ModelProto) -> None:
+    engine = Engine(packs.four_bits(packs.get("onnxruntime-cpu")), calibration)
+    known = remedies(engine, seed=0, tell=lambda *_: None)
+    plain = Candidate(model=model, calibrator="minmax")
+    corrected = known["correct_bias"](plain)
+    layers = engine.layers(plain)
+    assert set(corrected.shifts) == set(layers)
+    full = engine.build(corrected)
+    for layer in layers:
+        wanted = bias_of(model, layer) - corrected.shifts[layer]
+        np.testing.assert_allclose(bias_of(full, layer), wanted, atol=3e-4)
+    assert max(np.abs(shift).max() for shift in corrected.shifts.values()) > 3e-3
+    # A layer in float makes no rounding error, so nothing of it may be taken away.
+    mixed = engine.build(replace(corrected, keep_float=frozenset(layers[:1])))
+    np.testing.assert_array_equal(bias_of(mixed, layers[0]), bias_of(model, layers[0]))
+    everything = engine.build(replace(corrected, keep_float=frozenset(layers)))
+    assert everything.SerializeToString() == model.SerializeToString()
+
+
+def test_what_is_learned_or_rescaled_anew_drops_older_corrections(model: ModelProto) -> None:
+    known = remedies(make(), seed=0, tell=lambda *_: None)
+    corrected = known["correct_bias"](Candidate(model=model, calibrator="minmax"))
+    plain = known["adaround"](replace(corrected, shifts={}))
+    learned = known["adaround"](corrected)
+    assert not learned.shifts
+    assert all(
+        (learned.weights[name].integers == plain.weights[name].integers).all() for name in plain.weights
+    )
+    assert not known["equalize"](corrected).shifts
+    again = known["correct_bias"](learned)
+    assert again.weights is learned.weights
+    assert any((again.shifts[name] != corrected.shifts[name]).any() for name in corrected.shifts)
+
+
+def test_more_than_a_few_layers_in_float_are_the_last_resort(
+    model: ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    judge = Judge(model, labelled(model), integers=False)
+    layers = frozenset(engine.layers(Candidate(model=model, calibrator="minmax")))
+    gains = dict(zip(sorted(layers), (6.0, 3.0, 1.0), strict=True))
+    searches = []
+
+    def everything(*_args: object, **_options: object) -> Mixed:
+        searches.append(1)
+        return Mixed(keep_float=layers, judgement=judge(model), met=True, trials=1)
+
+    monkeypatch.setattr(quantizing, "keep_within", everything)
+
+    def nothing(_best: Candidate) -> Candidate:
+        raise PassRequirementError("no training here")
+
+    # The first judgement, of the integer graph, is beyond any budget.
+    quantizer = Quantizer(
+        model,
+        engine,
+        judge=judge,
+        remedies={"qat": nothing},
+        gains_ms=lambda _: gains,
+        macs=layer_macs(model),
+    )
+    found = quantizer.run(
+        Options(calibrator="minmax", ladder=(FEW_FLOAT_LAYERS, "qat", FLOAT_LAYERS), max_top1_drop=-1e-9)
+    )
+    rungs = {step.rung: step for step in found.tried}
+    assert list(rungs) == ["minmax", FEW_FLOAT_LAYERS, "qat", FLOAT_LAYERS]
+    assert "3 of 3 layers would stay float, which gives up 100%" in rungs[FEW_FLOAT_LAYERS].why
+    assert rungs["qat"].why == "no training here"
+    assert rungs[FLOAT_LAYERS].kept
+    assert found.accuracy_float == layers
+    assert len(searches) == 1, "the sets are searched once"
+
+
+@pytest.mark.parametrize(
+    ("gains", "share"), [({"a": 3.0, "b": 1.0}, 0.75), ({"a": -3.0, "b": 1.0}, 0.0), ({}, 0.25)]
+)
+def test_what_float_layers_give_up_is_a_share_of_what_integers_save(gains, share: float) -> None:
+    layers = [
+        Sensitivity(node=name, sqnr_db=20.0, top1_drop=0.0, gain_ms=gains.get(name), macs=macs)
+        for name, macs in (("a", 10), ("b", 30))
+    ]
+    assert share_given_up({"a"}, layers) == pytest.approx(share)
+    assert share_given_up({"a", "b"}, layers) == pytest.approx(1.0)
+    assert share_given_up((), layers) == 0

@@ -17,6 +17,8 @@ from deploycnn.quantization.equalization import channel_peaks, equalize, rescale
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.judge import decibels
 from deploycnn.quantization.placement import place
+from deploycnn.quantization.preparation import prepare
+from tests.graph.nets import graph, operators
 from tests.quantization.small_graphs import Builder, images, random_graph
 
 KINDS = ["Relu", "relu6", "silu", "gate", "none"]
@@ -207,3 +209,39 @@ def test_absorbed_biases_change_no_function_and_shrink_the_range() -> None:
 def test_padding_readers_absorb_nothing() -> None:
     with pytest.raises(PassRequirementError, match="bias absorption"):
         absorb_high_biases(high_biases(pad=True), [images(4)])
+
+
+@pytest.mark.parametrize("gate", ["Sigmoid", "HardSigmoid"])
+def test_gates_are_seen_through_what_the_cpu_rules_make_of_them(gate: str) -> None:
+    """Repeated over the map (Tile), and HardSigmoid as a clip."""
+    layer = helper.make_node
+    nodes = [
+        layer("Conv", ["x", "w0", "b0"], ["c"], "first", kernel_shape=[1, 1]),
+        layer("Relu", ["c"], ["r"], "relu"),
+        layer("GlobalAveragePool", ["r"], ["p"], "pool"),
+        layer("Conv", ["p", "w1", "b1"], ["s"], "squeeze", kernel_shape=[1, 1]),
+        layer(gate, ["s"], ["g"], "gate"),
+        layer("Mul", ["r", "g"], ["m"], "scale"),
+        layer("Conv", ["m", "w2"], ["y"], "last", kernel_shape=[1, 1]),
+    ]
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (
+            ("w0", (8, 3, 1, 1)),
+            ("b0", 8),
+            ("w1", (8, 8, 1, 1)),
+            ("b1", 8),
+            ("w2", (4, 8, 1, 1)),
+        )
+    }
+    pack = packs.get("onnxruntime-cpu")
+    model = prepare(graph(nodes, weights, shape=("N", 3, 16, 16)), pack)
+    assert "Tile" in operators(model)
+    assert ("Clip" in operators(model)) == (gate == "HardSigmoid")
+    (group,) = channel_groups(model)
+    assert {node.name for node in group.makers} == {"first"}
+    assert {node.name for node in group.readers} == {"squeeze", "last"}
+    batch = rng.standard_normal((4, 3, 16, 16)).astype(np.float32)
+    assert_same(model, stressed(model, 1), batch)
+    assert_same(model, equalize(stressed(model, 1), [batch]), batch)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 
 from deploycnn.core import Speed
 from deploycnn.errors import PassRequirementError
@@ -145,3 +146,56 @@ def test_why_a_layer_is_float_is_told(exported: Path, tmp_path: Path) -> None:
     reasons = {layer.node: layer.why for layer in record.layers}
     assert reasons.pop("conv/Conv") == "as asked"
     assert set(reasons.values()) == {"too sensitive for the accuracy budget"}
+
+
+def test_noise_of_layers_is_against_the_graph_that_was_rounded(exported: Path, tmp_path: Path) -> None:
+    _, plain, _ = run(exported, tmp_path, Options(calibrator="minmax"))
+    _, equalized, _ = run(
+        exported, tmp_path, Options(calibrator="minmax", remedies=("equalize", "correct_bias"))
+    )
+    told = [
+        (before.sqnr_db, after.sqnr_db)
+        for before, after in zip(plain.layers, equalized.layers, strict=True)
+        if before.sqnr_db is not None and after.sqnr_db is not None
+    ]
+    assert len(told) == 2, "the last layer's result is float"
+    assert all(after > before - 6 for before, after in told)
+
+
+def test_a_graph_of_which_all_is_float_is_called_so(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deploycnn.quantization import quantize
+    from deploycnn.quantization.sensitivity import Mixed
+
+    def everything(_budget: float, layers, build, judge) -> Mixed:
+        kept = frozenset(layer.node for layer in layers)
+        return Mixed(keep_float=kept, judgement=judge(build(kept)), met=True, trials=1)
+
+    monkeypatch.setattr(quantize, "keep_within", everything)
+    model, record, _ = run(
+        exported, tmp_path, Options(calibrator="minmax", ladder=(FLOAT_LAYERS,), max_top1_drop=-1e-9)
+    )
+    assert not is_quantized(model)
+    assert record.precision == "fp32"
+    assert record.to_json()["quantized_nodes"] == 0
+    assert {layer.why for layer in record.layers} == {"too sensitive for the accuracy budget"}
+
+
+def test_a_budget_needs_a_classifier(exported: Path, tmp_path: Path) -> None:
+    model = load_onnx(exported)
+    pooled = next(node for node in model.graph.node if node.op_type == "GlobalAveragePool")
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info(pooled.output[0], TensorProto.FLOAT, None))
+    path = tmp_path / "features.onnx"
+    save_onnx(model, path)
+    with pytest.raises(PassRequirementError, match=r"features\.onnx: a budget is a drop of top-1"):
+        run(path, tmp_path, Options(calibrator="minmax", max_top1_drop=0.1))
+
+
+def test_float_that_ships_has_not_the_judgement_of_the_integers(exported: Path, tmp_path: Path) -> None:
+    options = Options(calibrator="minmax", ladder=(), max_top1_drop=-1.0)
+    _, record, _ = run(exported, tmp_path, options, stopwatch=Stopwatch(ratio=0.8))
+    assert record.precision == "fp32"
+    assert "budget_met" not in record.to_json()
+    assert all(layer.sqnr_db is None for layer in record.layers)

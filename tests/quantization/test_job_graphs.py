@@ -387,8 +387,21 @@ def test_nan_and_infinity_are_refused_by_name(exported: ModelProto, tmp_path) ->
     values.flat[0] = np.inf
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(
+        PassRequirementError, match=r'weights "conv.weight" of node "conv/Conv" hold NaN or infinity'
+    ):
+        quantize(broken, tmp_path)
+    values.flat[0] = 3e38  # finite, but what it is multiplied by is not small enough
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    with pytest.raises(
         PassRequirementError, match=r'value "conv/Conv_output_0" of node "conv/Conv".*NaN or infinite'
     ):
+        quantize(broken, tmp_path, [2 * images(6, (3, 12, 12))])
+    last = next(t for t in exported.graph.initializer if t.name == "head.bias")
+    broken.CopyFrom(exported)
+    tensor = next(t for t in broken.graph.initializer if t.name == last.name)
+    nans = np.full_like(numpy_helper.to_array(last), np.nan)
+    tensor.CopyFrom(numpy_helper.from_array(nans, tensor.name))
+    with pytest.raises(PassRequirementError, match=r'weights "head.bias" of node .* hold NaN'):
         quantize(broken, tmp_path)
     assert not (tmp_path / "int8.onnx").exists()
 

@@ -154,3 +154,22 @@ def test_what_would_saturate_is_computed_as_the_graph_says() -> None:
     x = np.full((1, 8, 2, 2), 255, np.float32)
     (found,) = evaluator(built, integers=False)(x)
     assert (found == np.rint(8 * 255 * 127 / 2000) * 2000).all()
+
+
+def test_a_drop_of_exactly_the_budget_is_within_it(model: ModelProto) -> None:
+    """1800/2000 - 1796/2000 is above 0.002 in floating point."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros(2000, np.int64)
+    right, wrong = np.float32([[1, 0]]), np.float32([[0, 1]])
+    held = [(images(1, SHAPE), labels[:1])]
+    judge = Judge(model, lambda: iter(held))
+    judge._images = [(np.zeros((2000, 1), np.float32), labels)]  # type: ignore[assignment]
+    judge.images, judge._hits = 2000, 1800
+    judge._outputs = [[np.where(rng.permutation(2000)[:, None] < 1800, right, wrong)]]
+    other = np.where(np.arange(2000)[:, None] < 1796, right, wrong)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "evaluator", lambda *_args, **_options: lambda _images: [other])
+        judgement = judge(model)
+    assert judgement.top1_drop == 0.002
+    assert judgement.within(0.002)
+    assert not judgement.within(0.0019)

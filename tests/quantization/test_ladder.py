@@ -63,3 +63,11 @@ def test_a_rung_that_does_not_suit_is_logged_with_its_reason() -> None:
     assert (row["kept"], row["why"]) == (False, "no such activation")
     assert "sqnr_db" not in row
     assert found.tried[2].to_json()["sqnr_db"] == 30.0
+
+
+def test_what_meets_the_budget_is_kept_however_noisy_its_outputs() -> None:
+    """Training moves the outputs away from the float model's, and may win all of top-1 back."""
+    worth = {(): (0.003, 30.0), ("qat",): (0.001, 20.0)}
+    found = climbing(worth, [adding("qat")], budget=0.002)
+    assert found.met
+    assert found.candidate == ("qat",)

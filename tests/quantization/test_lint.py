@@ -22,6 +22,7 @@ from deploycnn.quantization.lint import lint_graph
 from deploycnn.quantization.lint_rules import RULES
 from deploycnn.quantization.packed import packed
 from deploycnn.quantization.packs import RulePack
+from deploycnn.quantization.reading import read_qdq
 from tests.quantization.test_insertion import quantized
 from tests.quantization.test_placement import inception, residual, silu, squeeze
 
@@ -200,6 +201,47 @@ def test_biases_in_the_wrong_type() -> None:
     wrong = quantized(made, CPU)
     change(wrong, "b_quantized_scale", lambda array: array * 2)
     assert rules(wrong, CPU) == {"QDQ010": ["c"]}
+    # One scale for all biases, where the weights have one for each channel.
+    single = quantized(made, CPU)
+    for name in ("b_quantized_scale", "b_quantized_zero_point"):
+        change(single, name, lambda array: array[:1])
+    assert rules(single, CPU)["QDQ010"] == ["c"]
+    change(single, "b_quantized_scale", lambda array: np.repeat(array, 5))
+    with pytest.raises(PassRequirementError, match=r'node "b_.*": 5 scales for values of shape \(16,\)'):
+        rules(single, CPU)
+
+
+def test_weights_with_a_scale_for_each_block_are_told() -> None:
+    """``block_size`` of operator set 21: no kernel of a convolution or product takes them."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.integers(-7, 8, (64, 16)).astype(np.int8),
+        "w_scale": rng.uniform(0.01, 0.1, (2, 16)).astype(np.float32),
+        "scale": np.float32(0.05),
+        "zero": np.uint8(128),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"], name="xq"),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"], name="xd"),
+        helper.make_node("DequantizeLinear", ["w", "w_scale"], ["wd"], name="wd", axis=0, block_size=32),
+        helper.make_node("MatMul", ["xd", "wd"], ["y"], name="product"),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "blocks",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 16])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    found = [finding for finding in lint_graph(model, CPU) if finding.rule == "QDQ006"]
+    assert [(finding.node, finding.what) for finding in found] == [
+        ("product", "blocks of weights with scales of shape (2, 16)")
+    ]
+    reading = read_qdq(model)
+    held = next(t for t in reading.model.graph.initializer if t.dims == [64, 16])
+    expected = constants["w"] * np.repeat(constants["w_scale"], 32, axis=0)
+    np.testing.assert_allclose(numpy_helper.to_array(held), expected, rtol=1e-6)
 
 
 def test_weights_only_is_a_note() -> None:
@@ -253,6 +295,12 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path, theirs: tuple[Path, P
         deploycnn.lint(tmp_path / "float.onnx")
     with pytest.raises(ArtifactError, match="no such file"):
         deploycnn.lint(tmp_path / "none.onnx")
+    with pytest.raises(ArtifactError, match="cannot be read.*give an .onnx file"):
+        deploycnn.lint(tmp_path)
+    for name in ("report.json", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ArtifactError, match=f"{name}: not an ONNX model"):
+            deploycnn.lint(tmp_path / name)
     with pytest.raises(RecipeError, match='unknown lint rule "QDQ06"'):
         deploycnn.lint(theirs[0], ignore=["QDQ06"])
     assert main(["lint", str(tmp_path / "float.onnx")]) == 2

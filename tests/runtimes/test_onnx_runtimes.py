@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.errors import ArtifactError, RuntimeUnavailable, one_line
 from deploycnn.runtimes import onnxruntime as ours
 from deploycnn.runtimes import openvino as ours_openvino
 from deploycnn.runtimes.base import create
-from deploycnn.runtimes.common import one_line, precision_label
+from deploycnn.runtimes.common import precision_label
 from tests.runtimes import graphs
 
 pytest.importorskip("onnxruntime")
@@ -291,3 +291,4 @@ def test_foreign_messages_become_one_line() -> None:
     assert one_line(text) == "No such op"
     assert one_line("x" * 500).endswith("...")
     assert len(one_line("x" * 500)) == 300
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt", "something is said in any case"
