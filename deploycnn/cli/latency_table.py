@@ -41,6 +41,8 @@ def command(
     from deploycnn.cli.console import Console, echo
     from deploycnn.latency_tables import measure_table
 
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"{out.parent} is no folder; make it first", param_hint="--out")
     with Console(plain=None, quiet=False) as console:
         table = measure_table(
             model,

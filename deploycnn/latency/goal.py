@@ -15,6 +15,9 @@ from deploycnn.latency.model import LatencyTable, load_table
 from deploycnn.pruning.dropping import Dropping
 from deploycnn.pruning.latency_goal import LatencyGoal
 
+#: Targets whose first runtime tells the times of single layers.
+TIMED = ("cpu", "onnxruntime-cpu", "openvino")
+
 
 def latency_goal(
     model: nn.Module,
@@ -42,12 +45,18 @@ def latency_goal(
 
     Raises:
         RuntimeUnavailable: this host lacks the target, and there is no table.
-        PassRequirementError: the table is of another target or precision, or lacks layers of this model.
+        PassRequirementError: the target tells no times of layers; the table is of another runtime, precision, batch
+            size or number of threads, or lacks layers of this model.
         ArtifactError: the table cannot be read.
     """
     loaded = load_table(table) if table is not None else None
     if loaded is not None and table is not None:
         _check(loaded, table, precision, ctx)
+    elif ctx.target not in TIMED:
+        raise PassRequirementError(
+            f"prune.latency_ratio: not supported for {ctx.target}: none of its runtimes tells the times of single "
+            f"layers yet (those of {', '.join(TIMED)} do); use macs_ratio"
+        )
     bench = _bench(model, images, precision, loaded, table, ctx)
     if loaded is not None:
         layers = layers_of_table(model, images, loaded, table)
@@ -86,7 +95,11 @@ def _bench(
         elsewhere = environment.Environment.from_json(loaded.environment, f"{table}: environment")
         if environment.detect().fingerprint != elsewhere.fingerprint:
             return None
-        batch_size, threads = loaded.batch_size, loaded.threads
+        if loaded.threads != threads:
+            raise PassRequirementError(
+                f"prune.latency_table: {table} is of {loaded.threads} threads, the first of profile.threads is "
+                f"{threads}; measure one for these, or change `profile`"
+            )
     return Bench(
         model=model,
         images=images,
@@ -104,6 +117,18 @@ def _check(loaded: LatencyTable, path: Path, precision: str, ctx: Context) -> No
     if loaded.runtime not in runtimes:
         raise PassRequirementError(
             f"prune.latency_table: {path} is of {loaded.runtime}, the target {ctx.target} runs {runtimes[0]}"
+        )
+    stopwatch = ctx.stopwatch
+    if stopwatch is not None and loaded.runtime != stopwatch.runtime:
+        raise PassRequirementError(
+            f"prune.latency_table: {path} is of {loaded.runtime}, what decides for the target {ctx.target} here is "
+            f"{stopwatch.runtime}; measure one with `deploycnn latency-table --target {ctx.target}`, or name the "
+            "target that the table is of"
+        )
+    if stopwatch is not None and loaded.batch_size != stopwatch.settings[0][0]:
+        raise PassRequirementError(
+            f"prune.latency_table: {path} is of batch size {loaded.batch_size}, the first of profile.batch_sizes is "
+            f"{stopwatch.settings[0][0]}; measure one for that, or change `profile`"
         )
     if loaded.precision != precision:
         raise PassRequirementError(

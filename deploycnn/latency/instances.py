@@ -87,7 +87,9 @@ class _Graph:
         node.input[index] = name
 
 
-def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, Side | Split], int]) -> ModelProto:
+def narrowed(
+    model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, Side | Split], tuple[int, ...]]
+) -> ModelProto:
     """A copy of an exported model without some channels; what is left computes what the pruned module computes.
 
     Grouped convolutions get the right shape but, per group, the first group's channels: this is for timing.
@@ -95,7 +97,7 @@ def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, Side 
     Args:
         model: Of ``export_onnx``, or quantized from that; nodes are named after their modules.
         cuts: Channels that each side of a layer loses.
-        widths: Channels of each side that loses some, before.
+        widths: ``surgery.channels_at``.
 
     Raises:
         FixedWidthsError: a layer that is to be narrowed is not found in the graph, or shapes no longer fit together.
@@ -107,7 +109,7 @@ def narrowed(model: ModelProto, cuts: Removals, widths: Mapping[tuple[str, Side 
     for node in copy.graph.node:
         by_layer.setdefault(node.name.rpartition("/")[0], []).append(node)
     for (layer, side), removed in cuts.items():
-        keep = np.setdiff1d(np.arange(widths[layer, side]), removed)
+        keep = np.setdiff1d(np.arange(sum(widths[layer, side])), removed)
         nodes = by_layer.get(layer, [])
         if isinstance(side, Split):
             for node in nodes:
@@ -162,13 +164,15 @@ def _narrow(
     return True
 
 
-def _narrow_split(graph: _Graph, node: NodeProto, before: int, removed: npt.NDArray[np.int64]) -> None:
+def _narrow_split(
+    graph: _Graph, node: NodeProto, before: tuple[int, ...], removed: npt.NDArray[np.int64]
+) -> None:
     """Make parts smaller whose sizes are named; such as are only counted follow by themselves."""
     if node.op_type != "Split" or graph.place(node, 1) is None:
         return
-    sizes = graph.value(node, 1).astype(np.int64)
-    if sizes.sum() == before:
-        graph._replace(node, 1, np.array(sizes_after(sizes.tolist(), removed), dtype=np.int64))
+    sizes = graph.value(node, 1).astype(np.int64).tolist()
+    if tuple(sizes) == before:
+        graph._replace(node, 1, np.array(sizes_after(sizes, removed), dtype=np.int64))
 
 
 def _narrow_convolution(

@@ -136,7 +136,7 @@ class Bench:
         times = self.stopwatch.layer_ms(path, batch_size=self.batch_size, threads=self.threads)
         if not times:
             raise PassRequirementError(
-                f"latency: {self.stopwatch.runtime} tells no times of single layers; measure a table where it does"
+                f"latency: {self.stopwatch.runtime} tells no times of single layers yet; use macs_ratio for this target"
             )
         return times
 

@@ -258,9 +258,14 @@ def apply(delta: Delta, base: nn.Module, stored: Mapping[str, Tensor]) -> None:
         for name in sorted(wanted)
         if tuple(stored[name].shape) != (expected := delta.shapes.get(name, tuple(before[name].shape)))
     ]
+    wrong += [
+        f"{name} is {stored[name].dtype}, not {before[name].dtype}"
+        for name in sorted(wanted)
+        if stored[name].dtype != before[name].dtype
+    ]
     if wrong:
         raise ArtifactError(
-            f"tensors of another shape than the architecture and its delta say: {listing(wrong)}"
+            f"tensors of another shape or type than the architecture and its delta say: {listing(wrong)}"
         )
     # Whole objects are put in place, not values copied: shapes may differ, and what is shared is re-tied.
     placed = {name: _like(stored[name], before[name]) for name in wanted}

@@ -50,7 +50,7 @@ class Prune(Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     pruning_ratio: Annotated[
         Annotated[float, Gt(0), Lt(1)] | None, "Share of the prunable channels to remove."
@@ -91,7 +91,7 @@ class Prune(Pass):
         Annotated[int, Ge(1)] | None,
         "Keep widths multiples of this; null: 8, and with latency_ratio the step that the target's kernels show.",
     ] = None
-    max_ratio: Annotated[float, Gt(0), Lt(1), "Most that one layer may lose."] = 0.9
+    max_ratio: Annotated[float, Gt(0), Lt(1), "Most that one layer may lose, in all steps together."] = 0.9
     protect: Annotated[tuple[str, ...], "Names of layers or modules whose output channels stay."] = ()
     ratios: Annotated[
         dict[str, Annotated[float, Interval(ge=0, lt=1)]],
@@ -118,6 +118,10 @@ class Prune(Pass):
             raise RecipeError(f"prune: set exactly one of {names}, got {' and '.join(given) or 'none'}")
         if self.latency_table is not None and self.latency_ratio is None:
             raise RecipeError("prune: latency_table is for latency_ratio; set that or leave the table out")
+        if self.latency_precision != "fp32" and self.latency_ratio is None:
+            raise RecipeError("prune: latency_precision is for latency_ratio; set that or leave it out")
+        if self.norm != "l2" and self.importance != "magnitude":
+            raise RecipeError(f"prune: norm is for importance magnitude, not {self.importance}; leave it out")
         if self.drop_blocks and self.latency_ratio is None:
             raise RecipeError(
                 "prune: drop_blocks is for latency_ratio; set that, or write the pass drop_blocks before this one"
@@ -133,7 +137,10 @@ class Prune(Pass):
                 f"prune: steps is {self.steps} and tune is {'set' if self.tune else 'not set'}; set both or none"
             )
         if self.steps > 1 and given[0] in {"params_ratio", "latency_ratio"}:
-            raise RecipeError(f"prune: steps are for pruning_ratio and macs_ratio, not for {given[0]}")
+            raise RecipeError(
+                f"prune: steps are for pruning_ratio and macs_ratio, not for {given[0]}; write a prune for each step, "
+                "with distill or train between them"
+            )
         if self.steps > 1 and self.ratios:
             raise RecipeError(
                 "prune.ratios: do not go with steps; write a prune for each step in the recipe instead"
@@ -159,9 +166,11 @@ class Prune(Pass):
         from deploycnn.models.drafting import image_shape
         from deploycnn.models.macs import count_macs, count_params
         from deploycnn.pruning.charts import width_table
+        from deploycnn.pruning.control_flow import check_control_flow
         from deploycnn.pruning.criteria import criterion
         from deploycnn.pruning.pruner import prune
         from deploycnn.pruning.schedule import prune_in_steps
+        from deploycnn.pruning.structure import check_modules
         from deploycnn.training.determinism import deterministic
 
         if ctx.data is not None:
@@ -171,6 +180,9 @@ class Prune(Pass):
         model = load_model(source.path)
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
         with deterministic(threads=ctx.threads, device=ctx.device):
+            # Before anything is exported, timed or ranked for the goal's sake, which takes minutes.
+            check_modules(model, self.protect, "prune.protect")
+            check_control_flow(model, images, "prune")
             goal = self._goal(model, images, ctx)
             tables = [_sensitivity(model, images, wanted, self.protect, ctx)] if self.sensitivity else []
             if self.tune is None:

@@ -68,6 +68,12 @@ class Sparse(Pass):
                 "sparse.gradual: zeros grow by a schedule over all `epochs`, so it cannot end sooner; leave "
                 "max_minutes and early_stopping_patience out"
             )
+        if self.pattern == "unstructured" and not self.permute:
+            raise RecipeError("sparse.permute: channels are reordered for pattern 2:4 only; leave it out")
+        if self.pattern == "2:4" and self.scope != "global":
+            raise RecipeError(
+                "sparse.scope: goes with pattern unstructured; 2:4 is the same share everywhere"
+            )
         if self.pattern == "unstructured" and self.gpu is not None:
             raise RecipeError("sparse.gpu: the forecast is for pattern 2:4; leave it out")
         object.__setattr__(self, "needs_data", self.gradual is not None)

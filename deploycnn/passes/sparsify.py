@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Strength where the recipe gives none.
 _STRENGTH: Mapping[str, float] = {"group_lasso": 1e-4, "growing": 0.1}
+_PRUNING_RATIO = 0.5
 #: Share of the training during which the strength of `growing` grows.
 _RAMP = 0.75
 
@@ -47,7 +48,7 @@ class Sparsify(TrainingSettings, Pass):
     ] = None
     pruning_ratio: Annotated[
         float, Gt(0), Lt(1), "growing: share of each group's channels, the smallest, to make smaller."
-    ] = 0.5
+    ] = _PRUNING_RATIO
     protect: Annotated[tuple[str, ...], "Names of layers or modules whose output channels feel nothing."] = ()
     keep: Annotated[Literal["best", "last"], "Which epoch's weights: the last has the smallest channels."] = (
         "last"
@@ -55,6 +56,8 @@ class Sparsify(TrainingSettings, Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method == "group_lasso" and self.pruning_ratio != _PRUNING_RATIO:
+            raise ValueError("pruning_ratio is for growing; group_lasso pulls on all channels")
         if self.method == "growing" and (self.max_minutes or self.early_stopping_patience):
             raise ValueError(
                 "growing follows a schedule over all `epochs`, so it cannot end sooner; leave max_minutes and "

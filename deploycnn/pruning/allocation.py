@@ -63,6 +63,7 @@ def ladders(
     round_to: int,
     max_ratio: float,
     ratios: Sequence[float | None],
+    kept: Sequence[float] | None = None,
 ) -> list[Ladder]:
     """One ladder per unit of each group that has scores.
 
@@ -72,6 +73,8 @@ def ladders(
         round_to: Widths are multiples of this; the least is one multiple.
         max_ratio: Most that a unit may lose.
         ratios: For each group the ratio that the recipe names for it.
+        kept: For each group the share of its channels that earlier cuts left, of which ``max_ratio`` tells as well; all
+            by default.
     """
     found = []
     for index, (group, score) in enumerate(zip(groups, scores, strict=True)):
@@ -86,7 +89,9 @@ def ladders(
                     group=index,
                     atoms=unit.atoms[order],
                     importance=importance[order] / mean if mean > 0 else np.ones(len(order)),
-                    steps=_steps(unit, round_to, max_ratio),
+                    steps=_steps(
+                        unit, round_to, 1 - (1 - max_ratio) / (1.0 if kept is None else kept[index])
+                    ),
                     ratio=ratios[index],
                     layers=len(group.producers),
                 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,7 +18,14 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.pruning.tracing import forward
 
 #: Operators that turn tensors into Python values or shapes.
-_PEEKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)  # noqa: SLF001 - its only name
+_PEEKS = (
+    torch.ops.aten._local_scalar_dense.default,  # noqa: SLF001 - its only name
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.equal.default,
+)
+
+#: Methods that read a tensor's memory by themselves, past all operators.
+_READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
 
 #: Operators that take the shape and type of a tensor, but not its values.
 _OF_SHAPE = frozenset(
@@ -52,20 +60,36 @@ class _NoPeeking(TorchDispatchMode):
         kwargs = kwargs or {}
         from_images = any(value in self.computed for value in _tensors((args, kwargs)))
         if from_images and func in _PEEKS:
-            frames = [frame for frame in traceback.extract_stack() if _is_models(frame.filename)]
-            place = frames[-1] if frames else None
-            seen = (
-                f' ({Path(place.filename).name}:{place.lineno}: "{place.line}")' if place is not None else ""
-            )
-            raise PassRequirementError(
-                f"{self.where}: which way the model takes depends on the values in the images{seen}, so no single run "
-                "shows which channels depend on one another; write it without this choice (torch.where)"
-            )
+            raise self.refusal()
         found = func(*args, **kwargs)
         if from_images and func.name().partition(".")[0] not in _OF_SHAPE:
             for value in _tensors(found):
                 self.computed[value] = True
         return found
+
+    def refusal(self) -> PassRequirementError:
+        """The error, with the line of the model that looks."""
+        frames = [frame for frame in traceback.extract_stack() if _is_models(frame.filename)]
+        place = frames[-1] if frames else None
+        seen = f' ({Path(place.filename).name}:{place.lineno}: "{place.line}")' if place is not None else ""
+        return PassRequirementError(
+            f"{self.where}: which way the model takes depends on the values in the images{seen}, so no single run "
+            "shows which channels depend on one another; write it without this choice (torch.where)"
+        )
+
+
+class _NoReading(TorchFunctionMode):
+    """Refuses what ``_NoPeeking`` does not see: tensors that become lists and arrays without an operator."""
+
+    def __init__(self, peeking: _NoPeeking) -> None:
+        super().__init__()
+        self.peeking = peeking
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``, unless it reads what was computed from images."""
+        if getattr(func, "__name__", "") in _READS and args[0] in self.peeking.computed:
+            raise self.peeking.refusal()
+        return func(*args, **(kwargs or {}))
 
 
 def _tensors(values: object) -> list[Tensor]:
@@ -85,5 +109,5 @@ def check_control_flow(model: nn.Module, images: Tensor, where: str) -> None:
     """
     weight = next(model.parameters(), images)
     images = images.to(weight.dtype)
-    with torch.no_grad(), _NoPeeking(images, where):
+    with torch.no_grad(), _NoPeeking(images, where) as peeking, _NoReading(peeking):
         forward(model, images)

@@ -51,6 +51,29 @@ class Parting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """A split into parts that the code counts (``chunk``): all must stay equally wide.
+
+    Attributes:
+        sizes: Channels of each part.
+        channels: Those of the tensor that is split, shape (M,).
+        roots: The group's channel that each one falls with, shape (M,).
+    """
+
+    sizes: tuple[int, ...]
+    channels: IntArray
+    roots: IntArray
+
+    def misfit(self) -> str | None:
+        """Why the group cannot be pruned, if it cannot."""
+        if len(set(self.sizes)) > 1:
+            return f"the code counts the parts into which these channels are split, and these differ: {self.sizes}"
+        if len(self.channels) != sum(self.sizes):
+            return "they are only a part of what is split into equal parts"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """Channels that may be ranked against one another, because the same layers read and make them.
 
@@ -101,7 +124,11 @@ class Groups:
 
 
 def partition(
-    size: int, members: Sequence[Member], partings: Sequence[Parting], modules: Mapping[str, nn.Module]
+    size: int,
+    members: Sequence[Member],
+    partings: Sequence[Parting],
+    counted: Sequence[Counted],
+    modules: Mapping[str, nn.Module],
 ) -> Iterator[Unit]:
     """Part the channels 0 .. size - 1 by the members that hold them, and tie those that fall together."""
     tied = np.arange(size)
@@ -116,6 +143,8 @@ def partition(
         layer = modules[member.layer]
         if is_grouped(layer):
             tie(member.channels, member.roots, width(layer, member.side) // groups_of(layer))
+    for split in counted:
+        tie(split.channels, split.roots, split.sizes[0])
     holders = [member.roots for member in members]
     for parting in partings:
         module = modules[parting.module]

@@ -54,6 +54,7 @@ class Goal:
         scope: "layer" ranks channels within their group, "global" across the model.
         round_to: Widths stay multiples of this; ``None``: 8, and with ``latency`` the step of the target's kernels.
         max_ratio: Most that a group may lose.
+        first_widths: ``layers.widths`` before earlier cuts, where ``max_ratio`` holds for all of them together.
         protect: Names of modules whose output channels stay.
         ratios: Module name -> share of its channels to remove.
     """
@@ -65,6 +66,7 @@ class Goal:
     scope: Scope = "layer"
     round_to: int | None = None
     max_ratio: float = 0.9
+    first_widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     protect: tuple[str, ...] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
 
@@ -101,6 +103,10 @@ def prune(model: nn.Module, images: Tensor, criterion: Criterion, goal: Goal, *,
         scores,
         round_to=goal.round_to or DEFAULT_STEP,
         max_ratio=goal.max_ratio,
+        kept=[
+            old_widths[group.name][1] / goal.first_widths.get(group.name, old_widths[group.name])[1]
+            for group in structure.groups
+        ],
         ratios=ratios_of(structure.groups, goal.ratios),
     )
     protected = (*structure.protected, *_left_alone(structure.groups, scores, found, goal))

@@ -64,8 +64,13 @@ def prune_in_steps(
         reached = {
             name: record.get(name, none) for name, none in (("macs_ratio", 1.0), ("pruning_ratio", 0.0))
         }
-        part = _part(goal, reached, step, steps)
-        cut = _cut(model, images, criterion, part, seed=seed, needed=step == steps and not record)
+        part = _part(dataclasses.replace(goal, first_widths=first_widths), reached, step, steps)
+        try:
+            cut = _cut(model, images, criterion, part, seed=seed, needed=step == steps and not record)
+        except PassRequirementError as error:
+            raise type(error)(
+                f"{error} (that is cut {step} of {steps}, each of the same share; asked for was {_asked(goal)})"
+            ) from error
         if cut is None:
             entries.append(reached)
             continue
@@ -114,6 +119,12 @@ def _part(goal: Goal, reached: Mapping[str, float], step: int, steps: int) -> Go
         )
     ratio = 1 - (1 - goal.pruning_ratio) ** (step / steps) / (1 - reached["pruning_ratio"])
     return dataclasses.replace(goal, pruning_ratio=ratio) if ratio > 0 else None
+
+
+def _asked(goal: Goal) -> str:
+    return (
+        f"macs_ratio {goal.macs_ratio:g}" if goal.macs_ratio else f"pruning_ratio {goal.pruning_ratio or 0:g}"
+    )
 
 
 def _keep(model: nn.Module, record: Json, folder: Path) -> None:

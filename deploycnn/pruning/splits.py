@@ -87,10 +87,11 @@ def sizes_after(sizes: Sequence[int], removed: npt.NDArray[np.int64]) -> list[in
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A split that ran: in which module and on what that ran, with which sizes, and what autograd knows it as."""
+    """A split that ran: in which module and on what that ran, the how many-th of that run, and what autograd has."""
 
     module: str
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    place: int
     sizes: int | tuple[int, ...]
     parts: int
     node: object
@@ -131,7 +132,9 @@ class Watch(TorchFunctionMode):
                 *(value for key, value in (kwargs or {}).items() if key.startswith("split_size")),
             ][0]
             plain = tuple(map(int, sizes)) if isinstance(sizes, list | tuple) else int(sizes)
-            self.calls.append(_Call(*self.running[-1], plain, len(found), found[0].grad_fn))
+            module, inputs = self.running[-1]
+            place = sum(call.inputs is inputs for call in self.calls)
+            self.calls.append(_Call(module, inputs, place, plain, len(found), found[0].grad_fn))
         return found
 
 
@@ -171,7 +174,7 @@ def splits_of(model: nn.Module, watch: Watch) -> dict[object, tuple[str, Split]]
     """
     found = {}
     for call in watch.calls:
-        if _sizes(call.node) is None:
+        if part_sizes(call.node) is None:
             continue  # of rows, say
         module = model.get_submodule(call.module)
         for split in _candidates(module, call):
@@ -209,7 +212,9 @@ def _drives(module: nn.Module, call: _Call, split: Split) -> bool:
         pass  # other sizes need not fit: the split ran before
     finally:
         setattr(module, split.attribute, before)
-    return any(not again.module and again.sizes != call.sizes for again in watch.calls)
+    return any(
+        not again.module and again.place == call.place and again.sizes != call.sizes for again in watch.calls
+    )
 
 
 def map_parts(graph: tp.DependencyGraph, watch: Watch) -> None:
@@ -221,7 +226,7 @@ def map_parts(graph: tp.DependencyGraph, watch: Watch) -> None:
     for node in graph.module2node.values():
         if node.type == ops.OPTYPE.CONCAT and len(watch.joined.get(node.grad_fn, ())) == len(node.inputs):
             node.module.concat_sizes = watch.joined[node.grad_fn]
-        sizes = _sizes(node.grad_fn) if node.type == ops.OPTYPE.SPLIT else None
+        sizes = part_sizes(node.grad_fn) if node.type == ops.OPTYPE.SPLIT else None
         if sizes is None:
             continue
         node.module.offsets = None  # else it maps them anew for every group
@@ -239,7 +244,7 @@ def map_parts(graph: tp.DependencyGraph, watch: Watch) -> None:
                     other.index_mapping[0] = _SplitIndexMapping(offset=span, reverse=True)
 
 
-def _sizes(node: Any) -> list[int] | None:
+def part_sizes(node: Any) -> list[int] | None:
     """Channels of each part of a split along the channels, as autograd has it; ``None`` of another split."""
     shape = getattr(node, "_saved_self_sym_sizes", None)
     if shape is None or node._saved_dim % (1 << 64) not in {1, (1 - len(shape)) % (1 << 64)}:  # noqa: SLF001

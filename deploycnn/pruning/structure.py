@@ -13,7 +13,7 @@ from deploycnn.errors import PassRequirementError, nearest
 from deploycnn.pruning.control_flow import check_control_flow
 from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Protected, Unit
 from deploycnn.pruning.layers import RUN_ERRORS, is_producer, width
-from deploycnn.pruning.surgery import TOLERANCE, Removals, difference, randomized, removals
+from deploycnn.pruning.surgery import TOLERANCE, difference, randomized, removals
 from deploycnn.pruning.tracing import forward, propose, unreached
 
 #: Images for trials are not made smaller than this: networks reduce them up to 32 times.
@@ -146,15 +146,23 @@ def _tried_out(
     seed: int,
     where: str,
 ) -> tuple[list[ChannelGroup], list[Protected]]:
-    """Prune some of every group; where the result is wrong, find the groups to blame."""
-    cuts = {group.name: _some(group, seed + index) for index, group in enumerate(groups)}
+    """Prune some of every group; where the result is wrong, find the groups to blame.
+
+    Twice: some of each unit at random, and a single atom of each group. Equal numbers by chance would hide that parts
+    must be equal (a trial of ``chunk`` may pass with them), and a single atom never makes them equal.
+    """
 
     def fault(tested: Sequence[ChannelGroup]) -> str | None:
-        merged: Removals = removals([(group, cuts[group.name]) for group in tested])
-        found = difference(twin, merged, images, training_heads=training_heads)
-        if isinstance(found, str):
-            return found
-        return None if found <= TOLERANCE else f"the outputs change by {found:.1e} of their size"
+        for choose in (_some, _one):
+            cuts = [(group, choose(group, seed + place[group.name])) for group in tested]
+            found = difference(twin, removals(cuts), images, training_heads=training_heads)
+            if isinstance(found, str):
+                return found
+            if found > TOLERANCE:
+                return f"the outputs change by {found:.1e} of their size"
+        return None
+
+    place = {group.name: index for index, group in enumerate(groups)}
 
     sound, broken = list(groups), []
     if fault(sound) is not None:
@@ -162,8 +170,6 @@ def _tried_out(
         for group in groups:
             why = fault([group])
             paired = _paired(group) if why is not None else None
-            if paired is not None:
-                cuts[group.name] = _some(paired, seed)
             if why is None:
                 sound.append(group)
             elif paired is not None and fault([paired]) is None:
@@ -182,8 +188,8 @@ def _tried_out(
 def _paired(group: ChannelGroup) -> ChannelGroup | None:
     """The group with each channel of its first half tied to that of the second.
 
-    Where a model halves its channels (``chunk(2, dim=1)``, as gates do), both halves must stay equally wide, which
-    Torch-Pruning does not see.
+    Where a model halves its channels by slices (``x[:, : x.shape[1] // 2]``), both halves must stay equally wide, which
+    neither Torch-Pruning nor autograd tells.
     """
     if group.width % 2 or any(unit.atoms.shape[1] != 1 for unit in group.units):
         return None
@@ -192,7 +198,7 @@ def _paired(group: ChannelGroup) -> ChannelGroup | None:
 
 
 def _some(group: ChannelGroup, seed: int) -> IntArray:
-    """Random channels of a group, another number from each unit: an equal one would hide a wrong split."""
+    """Random channels of a group, a random number from each unit."""
     generator = np.random.default_rng(seed)
     chosen = []
     for unit in group.units:
@@ -200,3 +206,11 @@ def _some(group: ChannelGroup, seed: int) -> IntArray:
         removed = int(generator.integers(1, max(2, count // 2 + 1))) if count > 1 else 0
         chosen.append(unit.atoms[generator.permutation(count)[:removed]].ravel())
     return np.sort(np.concatenate(chosen))
+
+
+def _one(group: ChannelGroup, seed: int) -> IntArray:
+    """Channels of a group that only fall together, from the first unit that has others besides."""
+    unit = next((unit for unit in group.units if len(unit.atoms) > 1), None)
+    if unit is None:
+        return np.empty(0, dtype=np.int64)
+    return np.sort(unit.atoms[np.random.default_rng(seed).integers(len(unit.atoms))])

@@ -50,10 +50,10 @@ def removals(chosen: Sequence[tuple[ChannelGroup, IntArray]]) -> Removals:
     return {place: np.unique(np.concatenate(hits)) for place, hits in found.items()}
 
 
-def channels_at(model: nn.Module, cuts: Removals) -> dict[tuple[str, Side | Split], int]:
-    """Number of channels at each place that loses some, before it does."""
+def channels_at(model: nn.Module, cuts: Removals) -> dict[tuple[str, Side | Split], tuple[int, ...]]:
+    """Number of channels at each place that loses some, before it does: of a layer, or of each part of a split."""
     return {
-        (name, side): sum(side.sizes(module)) if isinstance(side, Split) else width(module, side)
+        (name, side): tuple(side.sizes(module)) if isinstance(side, Split) else (width(module, side),)
         for name, side in cuts
         for module in (model.get_submodule(name),)
     }

@@ -20,9 +20,18 @@ from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.models.cifar_resnet import PadShortcut
-from deploycnn.pruning.groups import ChannelGroup, Groups, IntArray, Member, Parting, Protected, partition
+from deploycnn.pruning.groups import (
+    ChannelGroup,
+    Counted,
+    Groups,
+    IntArray,
+    Member,
+    Parting,
+    Protected,
+    partition,
+)
 from deploycnn.pruning.layers import SUPPORTED, Side, is_grouped, is_producer, width
-from deploycnn.pruning.splits import Split, map_parts, splits_of, watching
+from deploycnn.pruning.splits import Split, map_parts, part_sizes, splits_of, watching
 
 #: How Torch-Pruning fails on graphs that it cannot follow.
 _GRAPH_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
@@ -246,6 +255,7 @@ class _Reader:
             return Protected(layers=(root,), channels=len(channels), reason=reason)
         members = tuple(self._members(raw, channels))
         partings = tuple(self._partings(raw, channels))
+        counted = tuple(self._counted(raw, channels))
         held: set[tuple[str, Side | Split, int]]
         held = {(m.layer, m.side, int(c)) for m in members for c in m.channels}
         held |= {(p.module, p.split, int(c)) for p in partings for c in p.channels}
@@ -253,13 +263,13 @@ class _Reader:
         producers = tuple(
             sorted((n for n in layers if is_producer(self.modules[n])), key=self.order.__getitem__)
         )
-        why = self._why_not(raw, members, partings)
+        why = self._why_not(raw, members, partings, counted)
         if why is None and held & self.taken:
             why = "some of these channels belong to another group as well"
         self.taken |= held
         if why is not None:
             return Protected(layers=producers, channels=len(channels), reason=why)
-        units = tuple(partition(len(channels), members, partings, self.modules))
+        units = tuple(partition(len(channels), members, partings, counted, self.modules))
         return ChannelGroup(
             name=producers[0],
             width=len(channels),
@@ -296,7 +306,26 @@ class _Reader:
                     roots=np.searchsorted(channels, np.asarray(item.root_idxs, dtype=np.int64)),
                 )
 
-    def _why_not(self, group: tp.Group, members: Sequence[Member], partings: Sequence[Parting]) -> str | None:
+    def _counted(self, group: tp.Group, channels: IntArray) -> Iterator[Counted]:
+        """Splits whose sizes no attribute has."""
+        for item in group.items:
+            node = item.dep.target
+            sizes = part_sizes(node.grad_fn) if node.type == ops.OPTYPE.SPLIT else None
+            if sizes is None or node.grad_fn in self.splits or any(root is None for root in item.root_idxs):
+                continue
+            yield Counted(
+                sizes=tuple(sizes),
+                channels=np.asarray(item.idxs, dtype=np.int64),
+                roots=np.searchsorted(channels, np.asarray(item.root_idxs, dtype=np.int64)),
+            )
+
+    def _why_not(
+        self,
+        group: tp.Group,
+        members: Sequence[Member],
+        partings: Sequence[Parting],
+        counted: Sequence[Counted],
+    ) -> str | None:
         """Why a group cannot be pruned, as far as can be seen without trying."""
         for item in group.items:
             node = item.dep.target
@@ -325,6 +354,7 @@ class _Reader:
             if parting.split.uniform
             and len(parting.channels) != sum(parting.split.sizes(self.modules[parting.module]))
         ]
+        misfits += [split.misfit() for split in counted]
         return next((why for why in misfits if why is not None), None)
 
     def _misfit(self, member: Member) -> str | None:

@@ -34,6 +34,8 @@ from tests.pruning import nets
         lambda: SmallMobileNetV2(width=0.25),
         lambda: nn.Sequential(nets.Parts()),
         nets.Hierarchy,
+        lambda: nn.Sequential(nets.TwoSplits([12, 12], [8, 16])),
+        lambda: nets.Chunks(16, 4),
     ],
 )
 def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_a_graph_that_names_widths_is_exported_anew(precision: str) -> None:
     removed = np.array([1, 5, 6])
     cuts = {("second", "out"): removed, ("head", "in"): removed}
     with pytest.raises(FixedWidthsError):
-        narrowed(bench.dense(), cuts, dict.fromkeys(cuts, 16))
+        narrowed(bench.dense(), cuts, dict.fromkeys(cuts, (16,)))
     actual = _run(bench.at(cuts), images)
     assert model.second.out_channels == 16
     remove(model, cuts)

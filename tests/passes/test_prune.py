@@ -23,6 +23,7 @@ from deploycnn.models.artifact import load_model
 from deploycnn.models.macs import count_macs, count_params
 from deploycnn.passes.prune import Prune
 from tests.passes.conftest import FreshLogits
+from tests.pruning.test_latency_goal import Exact
 
 
 class Noise:
@@ -192,6 +193,8 @@ def test_wrong_name_leaves_nothing_behind(resnet: Artifact, tmp_path: Path) -> N
         ({"pruning_ratio": 0.5, "macs_ratio": 0.5}, "and latency_ratio, got pruning_ratio and macs_ratio"),
         ({"pruning_ratio": 0.95}, "pruning_ratio is 0.95, more than max_ratio = 0.9"),
         ({"macs_ratio": 0.5, "ratios": {"layer1": 0.95}}, "layer1 is 0.95, more than max_ratio"),
+        ({"macs_ratio": 0.5, "latency_precision": "int8"}, "latency_precision is for latency_ratio"),
+        ({"macs_ratio": 0.5, "importance": "taylor", "norm": "l1"}, "norm is for importance magnitude"),
         ({"pruning_ratio": 0.0}, "should be greater than 0"),
         ({"pruning_ratio": 1.0}, "should be less than 1"),
         ({"macs_ratio": 1.5}, "should be less than 1"),
@@ -281,3 +284,39 @@ def test_published_architectures_lose_30_percent(name: str, tmp_path: Path) -> N
         logits = model(torch.rand(2, 3, side, side))
     assert logits.shape == (2, 1000)
     assert logits.isfinite().all()
+
+
+@pytest.fixture
+def few_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEPLOYCNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("deploycnn.latency.samples.CONFIGS", 16)
+
+
+@pytest.mark.usefixtures("one_thread", "few_configurations")
+@pytest.mark.parametrize("options", [{}, {"latency_precision": "int8", "drop_blocks": True}])
+def test_a_share_of_the_latency_is_reached_on_the_target(
+    resnet: Artifact, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    stopwatch = Exact()
+    ctx = context(tmp_path / "p", data=noise(), stopwatch=stopwatch, target="onnxruntime-cpu")
+    draft = Prune(latency_ratio=0.6, round_to=2, importance_images=32, **options).run(resnet, ctx)
+    latency = draft.facts.record["pruning"]["latency"]
+    assert latency["met"] is True
+    assert latency["measured_ratio"] == pytest.approx(0.6, rel=0.03)
+    assert latency["precision"] == options.get("latency_precision", "fp32")
+    assert stopwatch.races > 0
+    assert draft.facts.macs == count_macs(load_model(ctx.output / MAIN_FILE["torch"]), (3, 32, 32))
+    assert draft.facts.macs < 0.75 * (resnet.facts.macs or 0)
+    titles = [table["title"] for table in draft.facts.record["tables"]]
+    assert len(titles) == len(set(titles)) > 1
+    json.dumps(draft.facts.record, allow_nan=False)
+
+
+def test_wrong_names_are_told_before_anything_is_timed(resnet: Artifact, tmp_path: Path) -> None:
+    class Refuses(Exact):
+        def layer_ms(self, *_: Any, **__: Any) -> dict[str, float]:
+            raise AssertionError("timed")
+
+    ctx = context(tmp_path / "p", stopwatch=Refuses(), target="onnxruntime-cpu")
+    with pytest.raises(PassRequirementError, match='prune.protect: the model has no module "layer4"'):
+        Prune(latency_ratio=0.6, protect=("layer4",)).run(resnet, ctx)

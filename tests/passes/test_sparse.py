@@ -152,6 +152,8 @@ def test_protected_layers_stay_dense(tmp_path: Path) -> None:
             "leave max_minutes and early_stopping_patience out",
         ),
         ({"pattern": "4:8"}, "unstructured"),
+        ({"pattern": "unstructured", "sparsity": 0.5, "permute": False}, "reordered for pattern 2:4 only"),
+        ({"pattern": "2:4", "scope": "layer"}, "scope: goes with pattern unstructured"),
     ],
 )
 def test_wrong_options_are_recipe_errors(options: dict[str, Any], message: str) -> None:

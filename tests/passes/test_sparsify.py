@@ -69,6 +69,11 @@ def test_growing_cannot_end_before_its_schedule(early: dict[str, Any]) -> None:
     assert schema.build(Sparsify, early, "sparsify").method == "group_lasso"
 
 
+def test_a_ratio_is_for_growing_only() -> None:
+    with pytest.raises(RecipeError, match="pruning_ratio is for growing"):
+        schema.build(Sparsify, {"pruning_ratio": 0.3}, "sparsify")
+
+
 def test_sparsify_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_artifact(tmp_path / "source")
     step = Sparsify(**QUICK, method="growing", strength=1.0)

@@ -173,6 +173,60 @@ class Split(nn.Module):
         return self.fc(torch.relu(self.last(gated)).mean((2, 3)))
 
 
+class Chunks(nn.Module):
+    """Channels in parts that the code counts, one of them computed further and all joined again, as in YOLO's C2f."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.stem = nn.Conv2d(3, width, 1)
+        self.inner = nn.Conv2d(width // parts, 8, 3, padding=1)
+        self.last = nn.Conv2d(width + 8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = torch.relu(self.stem(images)).chunk(self.parts, 1)
+        both = torch.cat([*parts, torch.relu(self.inner(parts[-1]))], 1)
+        return self.fc(torch.relu(self.last(both)).mean((2, 3)))
+
+
+class Halves(nn.Module):
+    """Halves by slices, of which neither graph nor autograd says that they must be equal."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 1)
+        self.last = nn.Conv2d(width // 2, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        stream = self.stem(images)
+        half = stream.shape[1] // 2
+        return self.fc(torch.relu(self.last(stream[:, :half] * torch.sigmoid(stream[:, half:]))).mean((2, 3)))
+
+
+class TwoSplits(nn.Module):
+    """Two splits in one module: of one total but other sizes, or of equal sizes by other attributes."""
+
+    def __init__(self, first: list[int], second: list[int]) -> None:
+        super().__init__()
+        self.a_sizes, self.b_sizes = first, second
+        self.kernel = 8  # as wide as a part, but nothing that a split reads
+        self.one = nn.Conv2d(3, sum(first), 1)
+        self.two = nn.Conv2d(3, sum(second), 1)
+        self.read0, self.read1, self.read2, self.read3 = (nn.Conv2d(size, 4, 1) for size in (*first, *second))
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = [
+            *torch.relu(self.one(images)).split(self.a_sizes, 1),
+            *torch.relu(self.two(images)).split(self.b_sizes, 1),
+        ]
+        reads = (self.read0, self.read1, self.read2, self.read3)
+        found = [torch.relu(read(part)) for read, part in zip(reads, parts, strict=True)]
+        return self.fc(torch.stack(found).sum(0).mean((2, 3)))
+
+
 class Parts(nn.Module):
     """Parts of sizes that an attribute names, as in MixNet; two of them are joined again beside what others become."""
 

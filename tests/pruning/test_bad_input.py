@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deploycnn.cli import main
@@ -114,6 +115,34 @@ def test_control_flow_that_depends_on_data_is_refused_with_its_line(user_module:
         analyse(model, nets.images(), where="sparse.permute")
 
 
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: max(x.mean((1, 2, 3)).tolist()) > 0,
+        lambda x: float(x.mean((1, 2, 3)).detach().numpy()[0]) > 0,
+        lambda x: torch.equal(x, x.abs()),
+    ],
+)
+def test_values_read_past_all_operators_are_seen(look: Callable[[Tensor], bool]) -> None:
+    class Looks(CifarResNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images if look(images) else -images)
+
+    with pytest.raises(
+        PassRequirementError, match=r"depends on the values in the images \(test_bad_input.py:"
+    ):
+        analyse(Looks(8), nets.images(32))
+
+
+def test_lists_of_weights_are_no_choices_by_data() -> None:
+    class ByWeights(CifarResNet):
+        def forward(self, images: Tensor) -> Tensor:
+            gain = self.conv1.weight.detach().flatten().tolist()[0] + self.conv1.weight.detach().numpy().size
+            return super().forward(images * gain)
+
+    assert analyse(ByWeights(8), nets.images(32)).groups
+
+
 def test_choices_by_shape_are_no_choices_by_data() -> None:
     class ByShape(CifarResNet):
         def forward(self, images: Tensor) -> Tensor:
@@ -185,11 +214,16 @@ def test_a_checkpoint_that_does_not_fit_the_delta(tmp_path: Path, capsys: pytest
         folders[name] = tmp_path / name
         folders[name].mkdir()
         save_model(model, folders[name], architecture("zoo", {"name": "resnet20", "in_channels": 3}, 10))
+    whole = load_file(folders["half"] / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in whole.items()}, folders["half"] / "model.safetensors")
+    assert main(["inspect", str(folders["half"])]) == 2
+    told = capsys.readouterr()
+    assert "conv1.weight is torch.float16, not torch.float32" in " ".join((told.err + told.out).split())
     stored = (folders["dense"] / "model.safetensors").read_bytes()
     (folders["half"] / "model.safetensors").write_bytes(stored)
     assert main(["inspect", str(folders["half"])]) == 2
     told = capsys.readouterr()
     text = " ".join((told.err + told.out).split())
-    assert "tensors of another shape than the architecture and its delta say" in text
+    assert "tensors of another shape or type than the architecture and its delta say" in text
     assert "conv1.weight is [16, 3, 3, 3], not [8, 3, 3, 3]" in text
     assert "Traceback" not in text

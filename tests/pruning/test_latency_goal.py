@@ -237,3 +237,33 @@ def test_a_table_from_another_machine_stands_alone(tmp_path: Path, monkeypatch: 
             table=stored,
             ctx=Context(output=tmp_path, scratch=tmp_path),
         )
+
+
+def test_a_table_of_another_runtime_or_setting_is_refused_with_both(tmp_path: Path) -> None:
+    measured = goal(0.5, Exact(), tmp_path)
+    pruned(measured)
+    assert measured.table is not None
+    measured.table.save(stored := tmp_path / "table.json")
+    assert goal(0.5, Exact(), tmp_path, stored).bench is not None
+    for changed, message in (
+        ({"runtime": "openvino:f32"}, "is of onnxruntime:cpu, what decides .* here is openvino:f32"),
+        ({"settings": ((64, 1), (1, 1))}, "is of batch size 1, the first of profile.batch_sizes is 64"),
+        ({"settings": ((1, 4),)}, "is of 1 threads, the first of profile.threads is 4"),
+    ):
+        stopwatch = Exact()
+        for name, value in changed.items():
+            setattr(stopwatch, name, value)
+        target = "cpu" if "runtime" in changed else "onnxruntime-cpu"
+        ctx = Context(output=tmp_path, scratch=tmp_path, stopwatch=stopwatch, target=target)
+        model = CifarResNet(8).eval()
+        with pytest.raises(PassRequirementError, match=message):
+            latency_goal(model, torch.randn(2, 3, 32, 32), ratio=0.5, precision="fp32", table=stored, ctx=ctx)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
+def test_targets_that_tell_no_times_of_layers_say_what_to_do_instead(tmp_path: Path, target: str) -> None:
+    ctx = Context(output=tmp_path, scratch=tmp_path, target=target)
+    with pytest.raises(PassRequirementError, match=f"not supported for {target}.*use macs_ratio"):
+        latency_goal(
+            CifarResNet(8).eval(), torch.randn(2, 3, 32, 32), ratio=0.5, precision="fp32", table=None, ctx=ctx
+        )

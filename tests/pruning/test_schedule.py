@@ -94,3 +94,24 @@ def test_steps_that_cut_nothing_at_all_are_refused(tmp_path: Path) -> None:
 def test_a_goal_that_cannot_be_parted_is_refused() -> None:
     with pytest.raises(PassRequirementError, match="steps: go with pruning_ratio or macs_ratio"):
         _part(Goal(), {"macs_ratio": 1.0, "pruning_ratio": 0.0}, 1, 2)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_no_layer_loses_more_than_max_ratio_in_all_cuts_together(tmp_path: Path, steps: int) -> None:
+    goal = Goal(macs_ratio=0.35, scope="global", round_to=2, max_ratio=0.5)
+    _, record, _ = in_steps(goal, steps, tmp_path)
+    assert record["macs_ratio"] <= 0.35
+    left = [
+        after / before
+        for width in record["widths"].values()
+        for before, after in zip(width["before"], width["after"], strict=True)
+    ]
+    assert min(left) == 0.5
+
+
+def test_a_goal_out_of_reach_tells_what_was_asked_for(tmp_path: Path) -> None:
+    goal = Goal(macs_ratio=0.1, round_to=2, max_ratio=0.5)
+    with pytest.raises(
+        PassRequirementError, match=r"cut \d of 3, each of the same share; asked for was macs_ratio 0.1"
+    ):
+        in_steps(goal, 3, tmp_path)

@@ -12,9 +12,11 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.pruning.groups import ChannelGroup
 from deploycnn.pruning.layers import width
+from deploycnn.pruning.pruner import Goal, prune
 from deploycnn.pruning.splits import Split
 from deploycnn.pruning.structure import Structure, analyse, shrunk
 from tests.pruning import nets
+from tests.pruning.test_pruner import MAGNITUDE
 
 
 def producers(structure: Structure) -> dict[str, tuple[str, ...]]:
@@ -146,6 +148,52 @@ def test_halves_of_a_gate_are_pruned_together() -> None:
     assert sizes == {"stem": [(16, 1)], "both": [(16, 2)], "last": [(8, 1)]}
     assert structure.groups[1].units[0].atoms.tolist() == [[c, c + 16] for c in range(16)]
     assert structure.groups[1].partings == ()
+
+
+@pytest.mark.parametrize(("width", "parts"), [(6, 2), (16, 2), (16, 4), (24, 3)])
+def test_parts_that_the_code_counts_lose_the_same_number(width: int, parts: int) -> None:
+    """Whatever the seed: a trial must not pass because parts became equal by chance."""
+    for seed in range(20):
+        structure = analyse(nets.Chunks(width, parts), nets.images(), seed=seed)
+        groups = {group.name: group for group in structure.groups}
+        size = width // parts
+        atoms = groups["stem"].units[0].atoms
+        assert sorted(map(tuple, atoms.tolist())) == [
+            tuple(range(place, width, size)) for place in range(size)
+        ]
+    model = nets.lively(nets.Chunks(width, parts))
+    prune(model, nets.images(), MAGNITUDE, Goal(params_ratio=0.7, round_to=1))
+    assert model(nets.images()).shape == (2, 5)
+
+
+def test_parts_that_the_code_counts_and_that_differ_stay() -> None:
+    class Uneven(nets.Chunks):
+        def __init__(self) -> None:
+            super().__init__(8, 2)
+            self.parts = 3
+            self.inner = nn.Conv2d(2, 8, 1)
+
+    found = reasons(analyse(Uneven(), nets.images()))["stem"]
+    assert (
+        found == "the code counts the parts into which these channels are split, and these differ: (3, 3, 2)"
+    )
+
+
+def test_halves_by_slices_are_pruned_together_or_not_at_all() -> None:
+    for seed in range(20):
+        for group in analyse(nets.Halves(4), nets.images(), seed=seed).groups:
+            if group.name == "stem":
+                assert unit_sizes(group) == [(2, 2)]
+
+
+@pytest.mark.parametrize(("first", "second"), [([8, 16], [8, 16]), ([12, 12], [8, 16]), ([8, 8], [16, 8])])
+def test_two_splits_in_a_module_are_told_apart(first: list[int], second: list[int]) -> None:
+    structure = analyse(nets.TwoSplits(first, second), nets.images())
+    groups = {group.name: group for group in structure.groups}
+    named = {
+        group: [parting.split.attribute for parting in groups[group].partings] for group in ("one", "two")
+    }
+    assert named == {"one": ["a_sizes"], "two": ["b_sizes"]}
 
 
 def test_parts_of_named_sizes_are_pruned_each_by_itself() -> None:
