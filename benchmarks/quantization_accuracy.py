@@ -79,18 +79,17 @@ def main() -> None:
     indices = calibration_indices(train.labels, given.images, 0)
     held = [batch.images for batch in batches(train, data.preprocessing, 64, indices=indices)]
     for name, _, path in (entry.partition("=") for entry in given.models):
-        model = prepare(load_onnx(Path(path)))
-        val = Judge(
-            model, val_batches(data, given.val, 0), threads=given.threads, integers=given.seven_bit_weights
-        )
-        test = Judge(model, _test(data), threads=given.threads, integers=given.seven_bit_weights)
-        shapes = {"plain": model}
-        if given.stress:
-            shapes["stressed"] = stressed(model)
         for target in given.targets:
+            pack = packs.get(target)
+            pack = replace(pack, weight=replace(pack.weight, reduced=given.seven_bit_weights))
+            # As ``int8`` prepares it: the target's rewrites are part of what is quantized.
+            model = prepare(load_onnx(Path(path)), pack)
+            val, test = (
+                Judge(model, labelled, threads=given.threads, integers=given.seven_bit_weights)
+                for labelled in (val_batches(data, given.val, 0), _test(data))
+            )
+            shapes = {"plain": model} | ({"stressed": stressed(model)} if given.stress else {})
             for shape, start in shapes.items():
-                pack = packs.get(target)
-                pack = replace(pack, weight=replace(pack.weight, reduced=given.seven_bit_weights))
                 rows = study_w4a8 if given.w4a8 else study
                 for row in rows(start, pack, held, val, test, given.threads):
                     line = json.dumps(

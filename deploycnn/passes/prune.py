@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Interval, Lt
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass, Table
-from deploycnn.errors import RecipeError
+from deploycnn.errors import PassRequirementError, RecipeError
 from deploycnn.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -175,6 +175,18 @@ class Prune(Pass):
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "prune")
+        sparsity: Json = next(
+            (
+                made.facts.record["sparsity"]
+                for made in reversed(ctx.lineage)
+                if "sparsity" in made.facts.record
+            ),
+            {},
+        )
+        if sparsity.get("pattern") == "2:4":
+            raise PassRequirementError(
+                "prune: behind sparse: 2:4 it would take weights out of their fours; put sparse behind it"
+            )
         wanted = criterion(self.importance, norm=self.norm, images=self.importance_images, ctx=ctx)
         shape = image_shape(source, ctx, "prune")
         model = load_model(source.path)

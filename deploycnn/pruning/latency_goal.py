@@ -144,10 +144,9 @@ class LatencyGoal:
         )
         tries: list[_Try] = []
         for race in range(RACES if self.bench is not None else 1):
-            if not tries or tries[-1].wrong(self.ratio):
-                self._next_try(tries, choices)
-                if len(tries[-1].races) >= ENOUGH:
-                    break  # the same again, and known to be off
+            wrong = not tries or tries[-1].wrong(self.ratio)
+            if wrong and (not self._next_try(tries, choices) or len(tries[-1].races) >= ENOUGH):
+                break  # nothing else, or the same again, and known to be off
             if self.bench is None:
                 break
             self.tell(race, RACES, "measuring the pruned model on the target")
@@ -223,16 +222,24 @@ class LatencyGoal:
         choices = "the only choice" if tries == 1 else f"the nearest of {tries} choices"
         return f"{told}: slower by more than {WITHIN:.0%}, {choices}"
 
-    def _next_try(self, tries: list[_Try], choices: Choices) -> None:
+    def _next_try(self, tries: list[_Try], choices: Choices) -> bool:
         """Choose by a prediction corrected by all races so far; a choice that comes again moves to the end.
 
         What was measured to be too slow is chosen again only if nothing else is offered.
+
+        Returns:
+            Whether there was anything to choose: what was raced is near the goal, and may be all that there is.
+
+        Raises:
+            PassRequirementError: the goal is out of reach by the first prediction.
         """
         errors = [
             np.log(race.measured_ratio / item.choice.predicted) for item in tries for race in item.races
         ]
         scale = float(np.exp(np.mean(errors))) if errors else 1.0
         offers = choices.within(self.ratio / scale)
+        if offers is None and tries:
+            return False
         if offers is None:
             raise PassRequirementError(self._out_of_reach(choices, scale))
         slow = {item.choice.solution.levels for item in tries if self._too_slow(item)}
@@ -243,6 +250,7 @@ class LatencyGoal:
         for item in tries:
             item.graph = None  # it may be large
         tries.append(same[0] if same else _Try(choice=choice))
+        return True
 
     def _out_of_reach(self, choices: Choices, scale: float) -> str:
         mend = "raise it or max_ratio, or lower round_to"

@@ -141,6 +141,12 @@ def trained_draft(
     ``record`` is what is to be known of it beside the history, which stands under "training".
     """
     data = needed_data(ctx, "training")
+    if history.kept_val_top1 < history.initial_val_top1:
+        ctx.log.warning(
+            "training made val top-1 worse: %.4f before, %.4f kept; lower lr, or train for more epochs",
+            history.initial_val_top1,
+            history.kept_val_top1,
+        )
     save_model(model, ctx.output)
     facts = dataclasses.replace(
         source.facts,

@@ -320,3 +320,10 @@ def test_wrong_names_are_told_before_anything_is_timed(resnet: Artifact, tmp_pat
     ctx = context(tmp_path / "p", stopwatch=Refuses(), target="onnxruntime-cpu")
     with pytest.raises(PassRequirementError, match='prune.protect: the model has no module "layer4"'):
         Prune(latency_ratio=0.6, protect=("layer4",)).run(resnet, ctx)
+
+
+def test_two_of_four_come_after_pruning(resnet: Artifact, tmp_path: Path) -> None:
+    record = {"sparsity": {"pattern": "2:4", "layers": []}}
+    sparse = dataclasses.replace(resnet, facts=dataclasses.replace(resnet.facts, record=record))
+    with pytest.raises(PassRequirementError, match="put sparse behind it"):
+        Prune(pruning_ratio=0.3).run(sparse, context(tmp_path / "p", lineage=(sparse,)))

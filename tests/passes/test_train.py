@@ -166,3 +166,19 @@ def test_what_the_worker_leaves_when_killed(tmp_path: Path) -> None:
     assert names == {"checkpoint.pt", "checkpoint.tmp"}
     state = torch.load(tmp_path / "scratch" / checkpoint.FILE, weights_only=True)
     assert state["progress"]["epochs"] == []
+
+
+def test_training_that_harms_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from deploycnn.training.artifact import trained_draft
+    from deploycnn.training.history import History
+
+    source = make_artifact(tmp_path / "source")
+    for kept, warned in ((0.7, True), (0.9, False)):
+        history = History(
+            epochs=(), initial_val_top1=0.8, kept_epoch=1, kept_val_top1=kept, stopped="finished", precision="fp32",
+            device="cpu",
+        )  # fmt: skip
+        caplog.clear()
+        ctx = make_context(tmp_path / f"{kept}", DATA)
+        trained_draft(source, load_model(source.path), history, ctx)
+        assert ("training made val top-1 worse: 0.8000 before, 0.7000 kept" in caplog.text) == warned
