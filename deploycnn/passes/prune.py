@@ -171,6 +171,7 @@ class Prune(Pass):
         from deploycnn.pruning.pruner import prune
         from deploycnn.pruning.schedule import prune_in_steps
         from deploycnn.pruning.structure import check_modules
+        from deploycnn.pruning.verification import check_exported, check_stored
         from deploycnn.training.determinism import deterministic
 
         if ctx.data is not None:
@@ -200,18 +201,26 @@ class Prune(Pass):
             if self.tune is None:
                 record = prune(model, images, wanted, goal, seed=ctx.seed)
             else:
+
+                def tune(cut: torch.nn.Module, step: int) -> Json:
+                    # Before minutes of training are spent on it.
+                    check_exported(cut, images, source.path, threads=ctx.threads, log=ctx.log)
+                    return _tune(cut, step, self.tune, ctx)
+
                 model, record = prune_in_steps(
                     model,
                     images,
                     wanted,
                     goal,
                     steps=self.steps,
-                    tune=lambda model, step: _tune(model, step, self.tune, ctx),
+                    tune=tune,
                     scratch=ctx.scratch,
                     seed=ctx.seed,
                 )
             save_model(model, ctx.output)
-            _check_stored(model, images, ctx)
+            check_stored(model, images, ctx.output)
+            ctx.progress(0, 1, "comparing with the ONNX graph")
+            parity = check_exported(model, images, source.path, threads=ctx.threads, log=ctx.log)
         ctx.log.info(
             "pruned to %.1f%% of the MACs, %d groups of layers left alone",
             100 * record["macs_ratio"],
@@ -226,7 +235,7 @@ class Prune(Pass):
             macs=count_macs(model, shape),
             size_bytes=(ctx.output / MAIN_FILE["torch"]).stat().st_size,
             record={
-                "pruning": self._options() | record,
+                "pruning": self._options() | record | {"exported": parity},
                 "tables": [
                     *(table.to_json() for table in (width_table(record["widths"]), *tables)),
                     *(goal.latency.tables() if goal.latency is not None else ()),
@@ -339,18 +348,3 @@ def _tune(model: torch.nn.Module, step: int, settings: TrainingSettings | None, 
         "val_top1_before": history.initial_val_top1,
         "val_top1_after": history.kept_val_top1,
     }
-
-
-def _check_stored(model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> None:
-    """What is loaded again must compute the same bits.
-
-    Raises:
-        RuntimeError: it does not; the stored delta misses something.
-    """
-    import torch
-
-    from deploycnn.models.artifact import load_model
-
-    with torch.no_grad():
-        if not torch.equal(load_model(ctx.output)(images), model.eval()(images)):
-            raise RuntimeError("the pruned model computes something else after it is stored and loaded")
