@@ -198,11 +198,9 @@ class _Analysis:
     def _untiled(self, name: str) -> NodeProto | None:
         """What makes a value, seen through the Tile by which a gate is repeated over the map (``tile_gates``)."""
         maker = self._graph.made_by.get(name)
-        return (
-            self._graph.made_by.get(maker.input[0])
-            if maker is not None and maker.op_type == "Tile"
-            else maker
-        )
+        if maker is not None and maker.op_type == "Tile":
+            return self._graph.made_by.get(maker.input[0])
+        return maker
 
     def _clips_to_share(self, node: NodeProto) -> bool:
         """Whether a gate is the Clip to [0, 1] that a HardSigmoid became (``clip_by_range``)."""
