@@ -61,6 +61,7 @@ class RulePack:
         grouped_multiple: Grouped convolutions with output channels that are no multiple of this stay float.
         grouped_kernel: Grouped convolutions with a smaller kernel stay float.
         first_multiple: A first layer stays float unless its input or output channels are a multiple of this.
+        integer_batchnorm: Batch norms that no convolution precedes become depthwise convolutions, to run on integers.
         rewrites: Exact rewrites of the float graph to make first (``rewrites.REWRITES``).
         note: What a user should know before quantizing for this target.
     """
@@ -85,6 +86,7 @@ class RulePack:
     grouped_multiple: int = 1
     grouped_kernel: int = 1
     first_multiple: int = 1
+    integer_batchnorm: bool = True
     rewrites: tuple[str, ...] = ()
     note: str = ""
 
@@ -128,6 +130,8 @@ PACKS: Mapping[str, RulePack] = {
             target="openvino",
             followers=CPU_FOLLOWERS | {"HardSwish"},
             epilogues=frozenset({"HardSwish", "SiLU"}),
+            # It computes them in one pass with the activation and the rounding behind them, from integers.
+            integer_batchnorm=False,
             rewrites=("remove_shuffles",),
         ),
         replace(

@@ -24,8 +24,9 @@ from deploycnn.quantization.structure import COMPUTE
 def prepare(original: ModelProto, pack: RulePack | None = None) -> ModelProto:
     """The float graph that gets quantized: opset 13 or newer, simplified, named, with inferred shapes.
 
-    Batch norms that no convolution precedes become depthwise convolutions, so that they run on integers too. The
-    rewrites that ``pack`` names follow; they change values inside, so ranges are calibrated on the result.
+    Batch norms that no convolution precedes become depthwise convolutions, so that they run on integers too, unless
+    ``pack`` says otherwise. The rewrites that it names follow; they change values inside, so ranges are calibrated on
+    the result.
 
     Raises:
         PassRequirementError: opset 13 cannot be reached, or the input is not one batch of float32 images.
@@ -35,7 +36,8 @@ def prepare(original: ModelProto, pack: RulePack | None = None) -> ModelProto:
     model = raise_opset(simplify(original), MIN_OPSET)
     image_input(model)
     name_nodes(model)
-    batchnorm_to_depthwise(model)
+    if pack is None or pack.integer_batchnorm:
+        batchnorm_to_depthwise(model)
     model = infer_shapes(simplify(model))
     if pack is not None:
         apply_rewrites(model, pack.rewrites)

@@ -270,12 +270,12 @@ def test_targets_that_tell_no_times_of_layers_say_what_to_do_instead(tmp_path: P
 
 
 def test_what_is_nearest_to_a_goal_just_out_of_reach_is_kept_and_called_missed(tmp_path: Path) -> None:
-    """The prediction allows it, the first race shows that it is 4% off, and nothing is faster."""
+    """The prediction allows it, the first race shows that it is 6% off, and nothing is faster."""
     with pytest.raises(PassRequirementError) as caught:
         pruned(goal(0.001, Exact(), tmp_path))
     fastest = float(str(caught.value).partition("the fastest reachable is ")[2].partition(" ")[0])
-    record = pruned(goal(1.01 * fastest, Exact(more=1.04), tmp_path))["latency"]
+    record = pruned(goal(1.04 * fastest, Exact(more=1.1), tmp_path))["latency"]
     assert isinstance(record, dict)
     assert record["met"] is False
     assert "slower by more than 2%" in record["words"]
-    assert record["measured_ratio"] == pytest.approx(1.04 * fastest, rel=0.02)
+    assert record["measured_ratio"] == pytest.approx(1.1 * fastest, rel=0.04)

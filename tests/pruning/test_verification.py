@@ -26,8 +26,8 @@ LOG = logging.getLogger("deploycnn.test")
 def pair(tmp_path: Path) -> tuple[nn.Module, Path]:
     """A pruned model, and the folder of the dense one."""
     torch.manual_seed(0)
-    model = nets.lively(CifarResNet(8))
-    save_model(model, tmp_path, architecture("zoo", {"name": "resnet8", "in_channels": 3}, 10))
+    model = nets.lively(CifarResNet(20))
+    save_model(model, tmp_path, architecture("zoo", {"name": "resnet20", "in_channels": 3}, 10))
     prune(model, nets.images(32), MAGNITUDE, Goal(pruning_ratio=0.5))
     return model, tmp_path
 
@@ -42,7 +42,7 @@ def test_a_graph_that_computes_something_else_is_refused(
     pair: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = pair
-    other = export_onnx(nets.lively(CifarResNet(8), seed=1), (3, 32, 32), opset=18)
+    other = export_onnx(nets.lively(CifarResNet(20), seed=1), (3, 32, 32), opset=18)
     monkeypatch.setattr(verification, "export_onnx", lambda *_, **__: other)
     with pytest.raises(ParityError, match="prune: the pruned model's ONNX graph differs"):
         check_exported(model, nets.images(32), folder, threads=1, log=LOG)
@@ -56,7 +56,7 @@ def test_what_cannot_be_exported_is_told_apart_by_the_dense_model(
     before: bool,
 ) -> None:
     model, folder = pair
-    monkeypatch.setattr(verification, "load_model", lambda _: nets.lively(CifarResNet(8)))
+    monkeypatch.setattr(verification, "load_model", lambda _: nets.lively(CifarResNet(20)))
 
     def refuses(exported: nn.Module, *_: object, **__: object) -> None:
         if exported is model or not before:

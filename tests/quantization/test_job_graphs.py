@@ -20,7 +20,10 @@ from deploycnn.graph.metadata import get_metadata
 from deploycnn.graph.model import is_quantized, load_onnx, opset_of, save_onnx, shape_of
 from deploycnn.graph.parity import cpu_session, evaluator
 from deploycnn.quantization import packs
+from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
+from deploycnn.quantization.insertion import build
 from deploycnn.quantization.job import Job
+from deploycnn.quantization.lint import lint_graph
 from deploycnn.quantization.placement import place
 from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.quantize import Options
@@ -312,6 +315,33 @@ def test_lone_batchnorms_are_quantized_as_depthwise_convolutions(tmp_path) -> No
     x = images(4, (3, 8, 8))
     (a,), (b,) = evaluator(float_model)(x), evaluator(model)(x)
     assert np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+def test_openvino_computes_lone_batchnorms_between_integers_itself() -> None:
+    """A dense block: what is concatenated are integers, what the next convolution reads are integers."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], name="a"),
+        helper.make_node("Conv", ["a", "w2"], ["b"], name="b"),
+        helper.make_node("Concat", ["a", "b"], ["c"], name="c", axis=1),
+        helper.make_node("BatchNormalization", ["c", "scale", "shift", "mean", "var"], ["n"], name="n"),
+        helper.make_node("Relu", ["n"], ["r"], name="r"),
+        helper.make_node("Conv", ["r", "w3"], ["y"], name="y"),
+    ]
+    ones = {name: np.ones(8, np.float32) for name in ("scale", "var")}
+    zeros = {name: np.zeros(8, np.float32) for name in ("shift", "mean")}
+    kernels = {"w1": normal(4, 3, 1, 1), "w2": normal(4, 4, 1, 1), "w3": normal(4, 8, 1, 1)}
+    for target, kept, rounded in (
+        ("openvino", True, {"x", "a", "b", "r", "y"}),
+        ("onnxruntime-cpu", False, {"x", "a", "b", "c", "r", "y"}),
+    ):
+        pack = packs.get(target)
+        model = prepare(graph(nodes, {**ones, **zeros, **kernels}), pack)
+        assert ("BatchNormalization" in operators(model)) == kept
+        plan = place(model, pack)
+        assert {item.value for item in plan.activations} == rounded
+        calibration = calibrate(model, [images(4, (3, 8, 8))], values=values_of(plan))
+        quantized = build(model, plan, choose_ranges(plan, calibration))
+        assert lint_graph(quantized, pack) == ()
 
 
 def old_model() -> ModelProto:
