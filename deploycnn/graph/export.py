@@ -27,7 +27,7 @@ OUTPUT = "logits"
 BATCH = "batch"
 
 #: The oldest operator set that the dynamo exporter writes itself.
-_NATIVE_OPSET = 18
+NATIVE_OPSET = 18
 
 #: Neither 1 (which torch.export would specialize on) nor a size that parity is measured at.
 _EXAMPLE_BATCH = 2
@@ -69,7 +69,7 @@ def export_onnx(
     strip_exporter_notes(clean)
     set_metadata(clean, {})
     _relax_reshapes(clean)
-    if opset < _NATIVE_OPSET:
+    if opset < NATIVE_OPSET:
         clean = lower_opset_to_17(clean)
     clean.graph.name = "main"
     clean.producer_name, clean.producer_version = "deploycnn", ""
@@ -97,7 +97,7 @@ def _run_exporter(model: nn.Module, example: torch.Tensor, opset: int) -> ModelP
                 (example,),
                 dynamo=True,
                 # 17 is reached from the cleaned graph, where little of what changed in 18 is left.
-                opset_version=max(opset, _NATIVE_OPSET),
+                opset_version=max(opset, NATIVE_OPSET),
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),

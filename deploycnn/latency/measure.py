@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deploycnn import cache, environment
 from deploycnn.core import Stopwatch
 from deploycnn.errors import PassRequirementError
-from deploycnn.graph.export import export_onnx
+from deploycnn.graph.export import NATIVE_OPSET, export_onnx
 from deploycnn.graph.model import save_onnx
 from deploycnn.latency import steps
 from deploycnn.latency.instances import FixedWidthsError, narrowed
@@ -40,8 +40,6 @@ OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014)
 _LEAST_SHARE = 0.1
 #: Part of the names in the cache: another way to measure is another table.
 _VERSION = 6
-#: Operator set of the graphs that are timed: that of the pass `export`.
-_OPSET = 18
 
 
 class Kept(NamedTuple):
@@ -96,7 +94,7 @@ class Bench:
 
     def export(self, model: nn.Module) -> ModelProto:
         """A model as it would be deployed: exported, and quantized where that is what is timed."""
-        graph = export_onnx(model, self.shape, opset=_OPSET)
+        graph = export_onnx(model, self.shape, opset=NATIVE_OPSET)
         return graph if self.precision == "fp32" else quantized(graph, self.shape, self.target, self.threads)
 
     def dense(self) -> ModelProto:

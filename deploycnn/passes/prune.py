@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Interval, Lt
 
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass, Table
-from deploycnn.errors import PassRequirementError, RecipeError
+from deploycnn.errors import RecipeError
 from deploycnn.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ class Prune(Pass):
         from deploycnn.models.artifact import load_model, save_model
         from deploycnn.models.drafting import image_shape
         from deploycnn.models.macs import count_macs, count_params
+        from deploycnn.pruning import zeros
         from deploycnn.pruning.charts import width_table
         from deploycnn.pruning.control_flow import check_control_flow
         from deploycnn.pruning.criteria import criterion
@@ -176,26 +177,16 @@ class Prune(Pass):
 
         if ctx.data is not None:
             ctx.data.preprocessing.check_same(source.facts.preprocessing, "prune")
-        sparsity: Json = next(
-            (
-                made.facts.record["sparsity"]
-                for made in reversed(ctx.lineage)
-                if "sparsity" in made.facts.record
-            ),
-            {},
-        )
-        if sparsity.get("pattern") == "2:4":
-            raise PassRequirementError(
-                "prune: behind sparse: 2:4 it would take weights out of their fours; put sparse behind it"
-            )
+        zeros.refuse_fours(ctx.lineage, "prune")
         wanted = criterion(self.importance, norm=self.norm, images=self.importance_images, ctx=ctx)
         shape = image_shape(source, ctx, "prune")
         model = load_model(source.path)
         images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(ctx.seed))
         with deterministic(threads=ctx.threads, device=ctx.device):
-            # Before anything is exported, timed or ranked for the goal's sake, which takes minutes.
-            check_modules(model, self.protect, "prune.protect")
-            check_control_flow(model, images, "prune")
+            if self.latency_ratio is not None:
+                # Before anything is exported, timed or ranked for the goal's sake, which takes minutes.
+                check_modules(model, self.protect, "prune.protect")
+                check_control_flow(model, images, "prune")
             goal = self._goal(model, images, ctx)
             tables = [_sensitivity(model, images, wanted, self.protect, ctx)] if self.sensitivity else []
             if self.tune is None:

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
-from deploycnn.graph.export import export_onnx
+from deploycnn.graph.export import NATIVE_OPSET, export_onnx
 from deploycnn.graph.parity import Tolerance, evaluator, measure_parity, module_evaluator
 from deploycnn.models.artifact import load_model
-
-_OPSET = 18
 
 #: Wider than that of the pass ``export``, which judges trained weights: this is to tell wrong channels from rounding.
 _TOLERANCE = Tolerance(absolute=1e-3, relative=1e-3)
@@ -39,7 +37,7 @@ def check_exported(
     Args:
         model: Pruned, on the CPU.
         images: (N, C, H, W).
-        dense: Folder of the model before pruning. One that cannot be exported either is let pass, and the log says so.
+        dense: The stored model before pruning. One that cannot be exported either is let pass, and the log says so.
         threads: CPU threads.
         log: Of the pass.
 
@@ -50,10 +48,10 @@ def check_exported(
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
     model.eval()
     try:
-        graph = export_onnx(model, shape, opset=_OPSET)
+        graph = export_onnx(model, shape, opset=NATIVE_OPSET)
     except PassRequirementError as error:
         try:
-            export_onnx(load_model(dense).eval(), shape, opset=_OPSET)
+            export_onnx(load_model(dense).eval(), shape, opset=NATIVE_OPSET)
         except PassRequirementError:
             log.warning("not compared with its ONNX graph, as the model had none before pruning: %s", error)
             return None

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from deploycnn.core import Artifact
+from deploycnn.core import Artifact, Json
+from deploycnn.errors import PassRequirementError
 
 
 def keep_zeros(model: nn.Module, names: Sequence[str]) -> int:
@@ -45,8 +46,25 @@ def _masked(zero: Tensor) -> Callable[[Tensor], Tensor]:
 
 def meant(lineage: Sequence[Artifact]) -> tuple[str, ...]:
     """Layers whose zeros were made on purpose, by the artifacts that a model was made from."""
+    return tuple(_made(lineage).get("layers", ()))
+
+
+def refuse_fours(lineage: Sequence[Artifact], where: str) -> None:
+    """Refuse to take channels out of a model with two zeros in each four weights.
+
+    Raises:
+        PassRequirementError: it is one; ``where`` names the pass.
+    """
+    if _made(lineage).get("pattern") == "2:4":
+        raise PassRequirementError(
+            f"{where}: behind sparse: 2:4 it would take weights out of their fours; put sparse behind it"
+        )
+
+
+def _made(lineage: Sequence[Artifact]) -> Mapping[str, Json]:
+    """What the last pass that made zeros on purpose recorded; nothing where none did."""
     for artifact in reversed(lineage):
         record = artifact.facts.record.get("sparsity")
         if isinstance(record, Mapping):
-            return tuple(record["layers"])
-    return ()
+            return record
+    return {}

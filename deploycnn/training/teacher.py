@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deploycnn.core import Context
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.bridge import to_torch
-from deploycnn.graph.export import export_onnx
+from deploycnn.graph.export import NATIVE_OPSET, export_onnx
 from deploycnn.graph.observe import image_input
 from deploycnn.graph.parity import Evaluate, Tolerance, evaluator, measure_parity, module_evaluator
 from deploycnn.models.inspection import inspect_model
@@ -25,7 +25,6 @@ from deploycnn.training.device import model_to
 
 #: Multiply-accumulates of all that a teacher is asked from which on exporting it (5 to 20 s) pays.
 _WORTH = 2e12
-_OPSET = 18
 #: Rounding differs from PyTorch's and nothing else; soft targets do not feel it.
 _TOLERANCE = Tolerance(absolute=1e-3, relative=1e-3)
 
@@ -66,7 +65,7 @@ def answering(teacher: nn.Module, images_NCHW: Tensor, *, views: int, name: str,
     if views * (inspect_model(teacher, shape, name=name).macs or 0) < _WORTH:
         return teacher
     try:
-        graph = export_onnx(teacher, shape, opset=_OPSET)
+        graph = export_onnx(teacher, shape, opset=NATIVE_OPSET)
     except PassRequirementError as error:
         ctx.log.warning("the teacher %s is computed by PyTorch, which is slower: %s", name, error)
         return teacher
