@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import onnx
@@ -272,3 +273,43 @@ def test_external_data_outside_the_folder_is_refused(exported: onnx.ModelProto, 
     (folder / "model.onnx").write_bytes(graph.SerializeToString())
     with pytest.raises(ArtifactError, match="external data cannot be read"):
         load_onnx(folder / "model.onnx")
+
+
+class ReadsWhatWasChanged(nn.Module):
+    """The addend is the tensor that the in-place activation has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.act = nn.Hardtanh(-0.3, 0.4, inplace=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.conv(x)
+        activated = self.act(features)
+        return self.head((features + 2 * activated).mean((2, 3)))
+
+
+def test_in_place_activations_are_exported_as_the_model_computes() -> None:
+    model = randomized(ReadsWhatWasChanged())
+    parity(model, export_onnx(model, SHAPE, opset=18), batch_sizes=(1, 4)).check("the graph")
+    assert model.act.inplace is True
+
+
+def test_in_place_activations_make_new_tensors_for_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomized(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU6(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        )
+    )
+    seen: list[bool] = []
+    real = torch.onnx.export
+
+    def export(given: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(model[1].inplace)
+        return real(given, *args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    parity(model, export_onnx(model, SHAPE, opset=18), batch_sizes=(1, 4)).check("the graph")
+    assert seen == [False]
+    assert model[1].inplace is True
