@@ -34,8 +34,13 @@ VARIANTS: dict[str, list[Any]] = {
 REST = {"int8": "fp32", "int8_fp16": "fp16"}
 
 
+#: One of each kind; the others differ from these in depth and width.
+QUICK = ("lenet5", "resnet20", "resnet8x2", "resnet20b", "vgg16_bn", "mobilenet_v2_x0_5_s16", "efficientnet")
+NETS = [net if net in QUICK else pytest.param(net, marks=pytest.mark.slow) for net in BUILDERS]
+
+
 @pytest.mark.usefixtures("rtx")
-@pytest.mark.parametrize("net", BUILDERS)
+@pytest.mark.parametrize("net", NETS)
 def test_every_precision_of_a_zoo_model_becomes_the_engine_that_it_asks_for(net: str, tmp_path: Path) -> None:
     recipe = {
         "name": net,

@@ -36,6 +36,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prune` does not compare with the ONNX graph, which takes most of its time on small models."""
+    monkeypatch.setattr("deploycnn.pruning.verification.check_exported", lambda *_, **__: None)
+
+
+@pytest.fixture
 def fresh_logits(tmp_path: Path) -> FreshLogits:
     """What a fresh process with one thread computes with a stored model."""
 

@@ -113,6 +113,7 @@ def test_pruned_artifact_holds_what_it_says(resnet: Artifact, tmp_path: Path) ->
         assert change["after"][1] == layer.weight.shape[0]
 
 
+@pytest.mark.usefixtures("unexported")
 def test_same_seed_same_bytes(resnet: Artifact, tmp_path: Path) -> None:
     files = [
         made_by(
@@ -132,6 +133,7 @@ def test_same_seed_same_bytes(resnet: Artifact, tmp_path: Path) -> None:
     assert files[3] != files[5]
 
 
+@pytest.mark.usefixtures("unexported")
 def test_taylor_sees_training_images_only_evenly_over_classes(resnet: Artifact, tmp_path: Path) -> None:
     data = noise()
     seen: list[tuple[float, float]] = []
@@ -144,6 +146,7 @@ def test_taylor_sees_training_images_only_evenly_over_classes(resnet: Artifact, 
     assert seen == [(16, 40), (32, 40), (40, 40)]
 
 
+@pytest.mark.usefixtures("unexported")
 def test_taylor_progress_counts_the_images_there_are(resnet: Artifact, tmp_path: Path) -> None:
     seen: list[tuple[float, float]] = []
     ctx = context(tmp_path / "p", data=noise(), progress=noting(seen))
@@ -154,6 +157,7 @@ def test_taylor_progress_counts_the_images_there_are(resnet: Artifact, tmp_path:
 WITH_IMAGES: tuple[Any, ...] = ("taylor", "fisher", "group_fisher", "hrank", "chip")
 
 
+@pytest.mark.usefixtures("unexported")
 @pytest.mark.parametrize("name", ["group_norm", *WITH_IMAGES])
 def test_every_importance_prunes(name: str, resnet: Artifact, tmp_path: Path) -> None:
     options = {"pruning_ratio": 0.3, "importance": name, "importance_images": 8}
@@ -180,6 +184,7 @@ def test_other_preprocessing_is_refused(resnet: Artifact, tmp_path: Path) -> Non
         Prune(pruning_ratio=0.3).run(resnet, context(tmp_path / "p", data=noise(scale="signed")))
 
 
+@pytest.mark.usefixtures("unexported")
 def test_input_of_any_size_takes_that_of_the_data(resnet: Artifact, tmp_path: Path) -> None:
     spec = dataclasses.replace(resnet.inputs[0], shape=(None, 3, None, None))
     free = dataclasses.replace(resnet, inputs=(spec,))

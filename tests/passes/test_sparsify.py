@@ -127,6 +127,7 @@ def test_prune_in_steps_reaches_the_whole_goal(goal: dict[str, Any], tmp_path: P
         assert model.get_submodule(name).weight.shape[0] == change["after"][1]
 
 
+@pytest.mark.usefixtures("unexported")
 def test_prune_in_steps_continues_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
