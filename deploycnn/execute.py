@@ -200,8 +200,7 @@ def stopwatch(recipe: Recipe, data: Data | None, log: logging.Logger) -> Stopwat
 
     spec = recipe.target.runtimes[0]
     runtime = create(spec)
-    # Engines are built behind the passes that would be timed: nothing can race there yet.
-    if "onnx" not in runtime.accepts or not runtime.availability().ok:
+    if not runtime.availability().ok:
         return None
     threads = [available_threads() if item == "all" else int(item) for item in recipe.profile.threads]
     return RememberingStopwatch(

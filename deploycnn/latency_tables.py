@@ -32,7 +32,7 @@ def measure_table(
     Args:
         model: A torch artifact's folder, or ``source:name``.
         target: Name of the target.
-        precision: "fp32" or "int8".
+        precision: One of ``latency.deployed.PRECISIONS``.
         batch_size: Images per run.
         threads: Of the runtime.
         round_to: Widths to time are multiples of this; the target's own step by default.
@@ -42,10 +42,11 @@ def measure_table(
         RuntimeUnavailable: the target cannot be timed here.
         SourceError: the model cannot be made.
         ArtifactError: the folder is damaged.
-        PassRequirementError: nothing of it can be pruned, or the runtime tells no times of layers.
+        PassRequirementError: nothing of it can be pruned, or the precision is none of the target's.
     """
     import torch
 
+    from deploycnn.latency.deployed import check_precision
     from deploycnn.latency.measure import Bench
     from deploycnn.latency.samples import configurations
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
@@ -55,12 +56,12 @@ def measure_table(
     from deploycnn.pruning.structure import analyse, shrunk
     from deploycnn.runtimes.base import create
 
+    check_precision(precision, target, "latency-table: --precision")
     spec = targets.get(target).runtimes[0]
     runtime = create(spec)
     found = runtime.availability()
-    if "onnx" not in runtime.accepts or not found.ok:
-        why = found.why or "it runs engines, which are built behind the passes that would be timed"
-        raise RuntimeUnavailable(f"latency-table: {target} ({spec}) cannot be timed here: {why}")
+    if not found.ok:
+        raise RuntimeUnavailable(f"latency-table: {target} ({spec}) cannot be timed here: {found.why}")
     net, shape = load(model)
     images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
     bench = Bench(

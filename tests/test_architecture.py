@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"core", "errors", "files", "registry", "schema", "recipe", "runtimes"},
     "store": {"core", "errors", "files", "schema", "plan", "deploycnn"},
     "execute": {"core", "errors", "events", "plan", "recipe", "store", "data", "profiling", "runtimes"},
-    "profiling": COMMON | {"runtimes", "data", "models", "gpu", "environment", "deploycnn"},
+    "profiling": COMMON
+    | {"runtimes", "data", "models", "gpu", "engines", "graph", "environment", "deploycnn"},
     "report": {"core", "errors", "files", "deploycnn"},
     **dict.fromkeys(LIBRARIES, COMMON | LIBRARIES),
     **dict.fromkeys(("passes", "sources"), COMMON | LIBRARIES),

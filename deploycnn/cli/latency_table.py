@@ -16,10 +16,10 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8"]),
+    type=click.Choice(["fp32", "int8", "fp16", "int8_fp16"]),
     default="fp32",
     show_default=True,
-    help="Of the graphs.",
+    help="Of the graphs; FP16 for GPUs only.",
 )
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images per run."

@@ -199,13 +199,10 @@ def audit(layers: Sequence[Layer], asked: Sequence[Asked], times: Mapping[str, f
         asked: From :func:`asked_of`.
         times: Layer name -> milliseconds, where the engine was profiled.
     """
-    owned = _by_place(layers, [_owner(layers, item) for item in asked])
-    owners: dict[str, list[Asked]] = {}
-    for item, owner in zip(asked, owned, strict=True):
-        if owner is not None:
-            owners.setdefault(owner.name, []).append(item)
-    unmatched = [item.node for item, owner in zip(asked, owned, strict=True) if owner is None]
-    rows = tuple(_row(layer, owners.get(layer.name, ()), times or {}) for layer in layers)
+    products = products_of(layers, asked)
+    matched = {item.node for items in products.values() for item in items}
+    unmatched = [item.node for item in asked if item.node not in matched]
+    rows = tuple(_row(layer, products.get(layer.name, ()), times or {}) for layer in layers)
     total = sum(row.macs for row in rows)
     macs: dict[str, int] = {}
     for row in rows:
@@ -218,6 +215,15 @@ def audit(layers: Sequence[Layer], asked: Sequence[Asked], times: Mapping[str, f
         shares={precision: count / total for precision, count in macs.items()},
         as_asked=kept / total if total else 1.0,
     )
+
+
+def products_of(layers: Sequence[Layer], asked: Sequence[Asked]) -> dict[str, list[Asked]]:
+    """Layer name -> the convolutions and matrix products that it computes, where it or its place tells them."""
+    found: dict[str, list[Asked]] = {}
+    for item, owner in zip(asked, _by_place(layers, [_owner(layers, item) for item in asked]), strict=True):
+        if owner is not None:
+            found.setdefault(owner.name, []).append(item)
+    return found
 
 
 def _owner(layers: Sequence[Layer], item: Asked) -> Layer | None:

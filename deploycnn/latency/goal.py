@@ -9,14 +9,11 @@ from torch import Tensor, nn
 from deploycnn import environment, targets
 from deploycnn.core import Context
 from deploycnn.errors import PassRequirementError, RuntimeUnavailable
+from deploycnn.latency.deployed import check_precision
 from deploycnn.latency.layers import Layer, layers_of
 from deploycnn.latency.measure import Bench
 from deploycnn.latency.model import LatencyTable, load_table
-from deploycnn.pruning.dropping import Dropping
 from deploycnn.pruning.latency_goal import LatencyGoal
-
-#: Targets whose first runtime tells the times of single layers.
-TIMED = ("cpu", "onnxruntime-cpu", "openvino")
 
 
 def latency_goal(
@@ -27,7 +24,6 @@ def latency_goal(
     precision: str,
     table: Path | None,
     ctx: Context,
-    dropping: Dropping | None = None,
 ) -> LatencyGoal:
     """The goal, and what measures it.
 
@@ -38,25 +34,20 @@ def latency_goal(
         model: Dense, in evaluation mode.
         images: Example input (N, C, H, W).
         ratio: Share of the dense latency.
-        precision: "fp32" or "int8".
+        precision: One of ``deployed.PRECISIONS``.
         table: A file, or ``None``.
         ctx: Of the pass.
-        dropping: Blocks that may go beside channels.
 
     Raises:
         RuntimeUnavailable: this host lacks the target, and there is no table.
-        PassRequirementError: the target tells no times of layers; the table is of another runtime, precision, batch
+        PassRequirementError: the precision is none of the target's; the table is of another runtime, precision, batch
             size or number of threads, or lacks layers of this model.
         ArtifactError: the table cannot be read.
     """
+    check_precision(precision, ctx.target, "prune.latency_precision")
     loaded = load_table(table) if table is not None else None
     if loaded is not None and table is not None:
         _check(loaded, table, precision, ctx)
-    elif ctx.target not in TIMED:
-        raise PassRequirementError(
-            f"prune.latency_ratio: not supported for {ctx.target}: none of its runtimes tells the times of single "
-            f"layers yet (those of {', '.join(TIMED)} do); use macs_ratio"
-        )
     bench = _bench(model, images, precision, loaded, table, ctx)
     if loaded is not None:
         layers = layers_of_table(model, images, loaded, table)
@@ -72,7 +63,6 @@ def latency_goal(
         layers=layers,
         bench=bench,
         table=loaded,
-        dropping=dropping,
         seed=ctx.seed,
         tell=ctx.progress,
     )

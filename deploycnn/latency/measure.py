@@ -18,10 +18,10 @@ from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import NATIVE_OPSET, export_onnx
 from deploycnn.graph.model import save_onnx
 from deploycnn.latency import steps
+from deploycnn.latency.deployed import deployed
 from deploycnn.latency.instances import FixedWidthsError, narrowed
 from deploycnn.latency.layers import Layer, layers_of, with_tails
 from deploycnn.latency.model import SCHEMA, LatencyTable, Sample, table_of
-from deploycnn.latency.quantized import quantized
 from deploycnn.latency.samples import configurations, samples_of
 from deploycnn.pruning.surgery import Removals, channels_at, remove, sharing
 
@@ -35,11 +35,11 @@ FIRST_RUNS = 4
 #: Bytes of the files that are raced at once: all are open, and a runtime keeps about two copies of the weights.
 RACE_BYTES = 1 << 30
 #: What a profile may add to the time of each node: that is taken with which the table predicts best.
-OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014)
+OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02, 0.03)
 #: Of a node's profiled time, what is left at least when the overhead is taken off.
 _LEAST_SHARE = 0.1
 #: Part of the names in the cache: another way to measure is another table.
-_VERSION = 6
+_VERSION = 7
 
 
 class Kept(NamedTuple):
@@ -66,7 +66,7 @@ class Bench:
         model: The dense model, in evaluation mode.
         images: Example input (N, C, H, W).
         stopwatch: Of the target.
-        precision: "fp32" or "int8": of what will be deployed.
+        precision: Of what will be deployed (``deployed.PRECISIONS``).
         batch_size: Images per run.
         threads: Of the runtime.
         target: Name of the target, for the rules of INT8.
@@ -93,9 +93,11 @@ class Bench:
         return channels, height, width_
 
     def export(self, model: nn.Module) -> ModelProto:
-        """A model as it would be deployed: exported, and quantized where that is what is timed."""
-        graph = export_onnx(model, self.shape, opset=NATIVE_OPSET)
-        return graph if self.precision == "fp32" else quantized(graph, self.shape, self.target, self.threads)
+        """A model as it would be deployed: exported, and quantized or cast where that is what is timed."""
+        return self._deployed(export_onnx(model, self.shape, opset=NATIVE_OPSET), self.shape)
+
+    def _deployed(self, graph: ModelProto, shape: tuple[int, int, int]) -> ModelProto:
+        return deployed(graph, self.precision, shape, self.target, self.threads)
 
     def dense(self) -> ModelProto:
         """The dense model's graph."""
@@ -134,7 +136,7 @@ class Bench:
         times = self.stopwatch.layer_ms(path, batch_size=self.batch_size, threads=self.threads)
         if not times:
             raise PassRequirementError(
-                f"latency: {self.stopwatch.runtime} tells no times of single layers yet; use macs_ratio for this target"
+                f"latency: {self.stopwatch.runtime} tells no times of single layers; use macs_ratio for this target"
             )
         return times
 
@@ -170,9 +172,7 @@ class Bench:
                 self.stopwatch,
                 batch_size=self.batch_size,
                 threads=self.threads,
-                prepare=lambda graph, shape: (
-                    graph if self.precision == "fp32" else quantized(graph, shape, self.target, self.threads)
-                ),
+                prepare=self._deployed,
             )
             cache.store("latency", identity, stored)
         return int(stored)

@@ -68,7 +68,8 @@ class Prune(Pass):
         "measured, and corrected where it is off.",
     ] = None
     latency_precision: Annotated[
-        Literal["fp32", "int8"], "For latency_ratio: what the model will be deployed as."
+        Literal["fp32", "int8", "fp16", "int8_fp16"],
+        "For latency_ratio: what the model will be deployed as; FP16 on GPUs only.",
     ] = "fp32"
     latency_table: Annotated[
         Path | None, "For latency_ratio: a table made by `deploycnn latency-table`, also on another machine."
@@ -258,20 +259,19 @@ class Prune(Pass):
         from deploycnn.pruning.dropping import ranked_blocks
 
         model.eval()
-        dropping = None
-        if self.drop_blocks:
-            dropping = ranked_blocks(
-                model, images, protect=self.protect, ratios=self.ratios, limit=self.importance_images, ctx=ctx
-            )
-        return latency_goal(
+        goal = latency_goal(
             model,
             images,
             ratio=self.latency_ratio,
             precision=self.latency_precision,
             table=self.latency_table,
             ctx=ctx,
-            dropping=dropping,
         )
+        if self.drop_blocks:
+            goal.dropping = ranked_blocks(
+                model, images, protect=self.protect, ratios=self.ratios, limit=self.importance_images, ctx=ctx
+            )
+        return goal
 
     def _options(self) -> dict[str, Json]:
         """What was asked for."""

@@ -6,19 +6,11 @@ imports the runtime, notes what that takes, loads and runs the model, and report
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import deploycnn
-from deploycnn import errors
 from deploycnn.core import Artifact
-from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.errors import ArtifactError
+from deploycnn.profiling.child import ask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,22 +55,8 @@ def peak_memory(
         "spec": spec,
         "threads": threads,
     }
-    package_parent = str(Path(deploycnn.__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, inherited]))}
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "deploycnn.profiling.memory_child"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env=environ,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeUnavailable(f"{spec}: {artifact.path}: no result within {timeout_s:.0f} s") from error
-    return _read(child.returncode, child.stdout, child.stderr, f"{spec}: {artifact.path}")
+    found = ask("deploycnn.profiling.memory_child", request, f"{spec}: {artifact.path}", timeout_s=timeout_s)
+    return MemoryUse(**found)
 
 
 def _image_shape(artifact: Artifact) -> list[int]:
@@ -89,22 +67,3 @@ def _image_shape(artifact: Artifact) -> list[int]:
             f"{artifact.path}: its image size is not stated, so its memory cannot be measured"
         )
     return sizes
-
-
-def _read(returncode: int, stdout: str, stderr: str, where: str) -> MemoryUse:
-    """What the child said on its last line, as a result or as the error that it met."""
-    lines = stdout.strip().splitlines()
-    try:
-        answer: Any = json.loads(lines[-1]) if lines else None
-    except json.JSONDecodeError:
-        answer = None
-    if isinstance(answer, Mapping) and "peak_bytes" in answer:
-        return MemoryUse(**answer)
-    if isinstance(answer, Mapping) and "error" in answer:
-        kind = getattr(errors, str(answer["error"]))
-        raise kind(answer["message"])
-    if returncode < 0:
-        raise ArtifactError(
-            f"{where}: the process that ran it was killed by signal {-returncode} (no memory left?)"
-        )
-    raise RuntimeError(f"{where}: the child ended with {returncode} and without an answer:\n{stderr}")

@@ -1,15 +1,16 @@
-"""The process that ``deploycnn.profiling.memory`` starts: request on stdin, answer as stdout's last line."""
+"""The process that ``deploycnn.profiling.memory`` starts."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from deploycnn.profiling.child import serve
 
 _STATUS = Path("/proc/self/status")
 
@@ -92,13 +93,7 @@ def _free_device_bytes() -> int:
 
 def main() -> None:
     """Answer the request on stdin."""
-    from deploycnn.errors import DeployCNNError
-
-    try:
-        answer: dict[str, Any] = measure(json.load(sys.stdin))
-    except DeployCNNError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
-    sys.stdout.write(f"\n{json.dumps(answer)}\n")
+    serve(measure)
 
 
 if __name__ == "__main__":

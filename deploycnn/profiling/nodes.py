@@ -7,16 +7,15 @@ models in races.
 from __future__ import annotations
 
 import collections
-import json
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from deploycnn.optional import require
+from deploycnn.profiling.child import ask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +35,9 @@ _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ADDED = re.compile(r"^fused |(_token_\d+|_nchwc|_nhwc)$")
 
 
-def onnxruntime_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threads: int) -> dict[str, float]:
+def onnxruntime_node_ms(
+    model: Path, images_NCHW: npt.NDArray[np.float32], threads: int, mode: str = "cpu"
+) -> dict[str, float]:
     """Median time of each node of the optimized graph, in the order in which they run.
 
     A fused node goes by the name of what it was made of, of the convolution where there is one; nodes that onnxruntime
@@ -44,21 +45,27 @@ def onnxruntime_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threa
     """
     import onnx
 
-    runtime = require("onnxruntime")
+    from deploycnn.runtimes.onnxruntime import node_events
+
     makers = _makers(onnx.load(str(model), load_external_data=False).graph)
-    with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = runtime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: images_NCHW}
-        for _ in range(WARMUP + RUNS):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return node_medians(events, makers)
+    return node_medians(
+        node_events(model, images_NCHW, mode=mode, threads=threads, runs=WARMUP + RUNS), makers
+    )
+
+
+def cuda_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threads: int) -> dict[str, float]:
+    """The same on the CUDA provider, whose nodes only enqueue their kernels: the driver waits for each of them here.
+
+    ``CUDA_LAUNCH_BLOCKING`` (CUDA C++ Programming Guide, "Concurrent Execution between Host and Device") is read when
+    CUDA starts, hence the process of its own. Each node's time holds what waiting costs.
+    """
+    request = {"path": str(model.absolute()), "shape": images_NCHW.shape, "threads": threads, "mode": "cuda"}
+    return ask(
+        "deploycnn.profiling.node_child",
+        request,
+        f"onnxruntime:cuda: {model}",
+        environ={"CUDA_LAUNCH_BLOCKING": "1"},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ def _makers(graph: Any) -> Makers:
 
 
 def node_medians(
-    events: list[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
     makers: Makers | None = None,
     *,
     runs: int = WARMUP + RUNS,
@@ -160,5 +167,6 @@ def openvino_node_ms(model: Path, images_NCHW: npt.NDArray[np.float32], threads:
 #: By runtime.
 PROFILERS: Mapping[str, Callable[[Path, npt.NDArray[np.float32], int], dict[str, float]]] = {
     "onnxruntime:cpu": onnxruntime_node_ms,
+    "onnxruntime:cuda": cuda_node_ms,
     "openvino:f32": openvino_node_ms,
 }

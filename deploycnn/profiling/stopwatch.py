@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploycnn.core import Artifact, Facts, Speed, TensorSpec
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.profiling.engines import Engines
 from deploycnn.profiling.inputs import noise
 from deploycnn.profiling.nodes import PROFILERS
 
@@ -28,12 +29,14 @@ class RuntimeStopwatch:
         settings: (batch size, threads) that the recipe asks for.
         image_shape: (C, H, W) of the images, for models that leave H and W open.
         seed: Of the images, which are noise: times do not depend on them.
+        engines: Where the runtime takes engines: those that were built for it.
     """
 
     runtime: str
     settings: tuple[tuple[int, int], ...] = ((1, 1),)
     image_shape: tuple[int, int, int] | None = None
     seed: int = 0
+    engines: Engines = field(default_factory=Engines, repr=False, compare=False)
 
     def race(
         self, models: Mapping[str, Path], *, batch_size: int, threads: int, budget_s: float
@@ -42,16 +45,20 @@ class RuntimeStopwatch:
 
         Raises:
             RuntimeUnavailable: one cannot be run; says why.
+            PassRequirementError: no engine can be built of one; names the node.
         """
         from deploycnn.profiling.statistics import compare, summarize
         from deploycnn.profiling.timing import Candidate, TimingSettings, time_interleaved
         from deploycnn.runtimes.base import create
+        from deploycnn.runtimes.tensorrt import TensorRT
 
         runtime = create(self.runtime)
         candidates = []
         made: dict[tuple[int | None, ...], npt.NDArray[np.float32]] = {}
-        for label, path in models.items():
-            artifact = self._artifact(path)
+        artifacts = [self._artifact(path) for path in models.values()]
+        if isinstance(runtime, TensorRT):
+            artifacts = self.engines.of(artifacts, runtime, batch_size)
+        for label, artifact in zip(models, artifacts, strict=True):
             shape = artifact.inputs[0].shape
             if shape not in made:
                 made[shape] = self._images(artifact, batch_size)
@@ -79,10 +86,15 @@ class RuntimeStopwatch:
 
     def layer_ms(self, model: Path, *, batch_size: int, threads: int) -> dict[str, float]:
         """See ``core.Stopwatch.layer_ms``."""
-        if self.runtime not in PROFILERS:
-            return {}
-        images = self._images(self._artifact(model), batch_size)
-        return PROFILERS[self.runtime](model, images, threads)
+        from deploycnn.runtimes.base import create
+        from deploycnn.runtimes.tensorrt import TensorRT
+
+        artifact = self._artifact(model)
+        images = self._images(artifact, batch_size)
+        if self.runtime in PROFILERS:
+            return PROFILERS[self.runtime](model, images, threads)
+        runtime = create(self.runtime)
+        return self.engines.node_ms(artifact, runtime, images) if isinstance(runtime, TensorRT) else {}
 
     def _images(self, artifact: Artifact, batch_size: int) -> npt.NDArray[np.float32]:
         return noise(batch_size, [size or 1 for size in artifact.inputs[0].shape[1:]], self.seed)

@@ -15,6 +15,7 @@ not what anyone deploys. Two sessions that spin at once disturb each other, so t
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -240,6 +241,31 @@ class _GpuSession(_OrtSession):
         self._lane.close()
 
 
+def node_events(
+    path: Path, images_NCHW: npt.NDArray[np.float32], *, mode: str, threads: int, runs: int
+) -> list[dict[str, Any]]:
+    """The events of onnxruntime's profiler for so many runs (onnxruntime.ai, "Profiling tools").
+
+    Raises:
+        RuntimeUnavailable: not installed, or the provider does not load or does not take the graph.
+        ArtifactError: the file cannot be loaded, or an operator fails on the images.
+    """
+    ort = optional.require("onnxruntime")
+    if mode != "cpu":
+        gpu_ort.require_provider(ort, mode)
+    with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
+        request = gpu_ort.Request(mode=mode)
+        session = _create(ort, path, request, threads, profile=Path(folder) / "profile")
+        _check_assignment(session, mode, str(path))
+        _check_input(session, path, len(images_NCHW))
+        feed = {session.get_inputs()[0].name: images_NCHW}
+        with onnxruntime_errors(path, _version()):
+            for _ in range(runs):
+                session.run(None, feed)
+        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return events
+
+
 def _version() -> str:
     from importlib import metadata
 
@@ -269,6 +295,7 @@ def _create(
     request: gpu_ort.Request,
     threads: int,
     optimized: Path | None = None,
+    profile: Path | None = None,
 ) -> Any:
     mode = request.mode
     options = ort.SessionOptions()
@@ -279,6 +306,9 @@ def _create(
     options.log_severity_level = 4  # what matters is raised; warnings of sessions side by side would flood
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     providers: list[Any] | None = ["CPUExecutionProvider"]
     if mode != "cpu":
         options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")

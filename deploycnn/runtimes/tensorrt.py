@@ -59,6 +59,11 @@ class TensorRT(Runtime):
         """Always the GPU."""
         return "cuda"
 
+    @property
+    def flavour(self) -> Name:
+        """Which TensorRT this is."""
+        return _FLAVOURS[self.mode]
+
     def availability(self) -> Availability:
         """Whether the library loads, and device memory can be had; an engine is not built for it."""
         from deploycnn.engines import device as engines_device
@@ -66,16 +71,16 @@ class TensorRT(Runtime):
 
         version = ""
         try:
-            found = flavour.find(_FLAVOURS[self.mode])
+            found = flavour.find(self.flavour)
             version = found.version
             engines_device.require_gpu()
             gpu.open_device().allocate(1)
             found.runtime()
         except RuntimeUnavailable as error:
-            return unavailable(error, version, f'pip install "deploycnn[{_FLAVOURS[self.mode]}]"')
+            return unavailable(error, version, f'pip install "deploycnn[{self.flavour}]"')
         return Availability(ok=True, version=version)
 
-    def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> Session:
+    def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> EngineSession:
         """Load an engine that may be loaded here. ``threads`` has no meaning on the GPU.
 
         Raises:
@@ -87,7 +92,7 @@ class TensorRT(Runtime):
 
         check_request(batch_size, threads)
         path = check_file(artifact, self.accepts, "tensorrt")
-        found = flavour.find(_FLAVOURS[self.mode])
+        found = flavour.find(self.flavour)
         engines_device.require_gpu()
         record = vouch.check_engine(path, found, trust="trust" in self.options)
         engine = found.deserialize(
@@ -259,8 +264,12 @@ class EngineSession(Session):
 
         return call
 
+    def inspect(self) -> str:
+        """TensorRT's account of the layers, for ``engines.layers.parse``."""
+        return self._flavour.inspect(self._engine)
+
     def layer_times(self, images_NCHW: npt.NDArray[np.float32], *, runs: int = 20) -> dict[str, float]:
-        """Layer name -> milliseconds for these images, by TensorRT's profiler; ``audit --times`` takes them."""
+        """Layer name -> milliseconds for these images, by TensorRT's profiler."""
         from deploycnn.engines.layer_times import layer_times
 
         images = check_images(self._path, self.input.shape, images_NCHW)

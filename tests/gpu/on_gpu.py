@@ -82,7 +82,6 @@ def engine(
     built = building.build(source, found, BuildSettings(**settings), gpu=here)
     path = folder / "model.engine"
     path.write_bytes(built.plan)
-    path.with_name("layers.txt").write_text(built.log.layer_information() or "")
     content = {
         "files": {path.name: {"sha256": hashlib.sha256(built.plan).hexdigest()}},
         "facts": {"record": {"engine": built.record.to_json()}},
@@ -136,6 +135,7 @@ def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     fake, taken = request.getfixturevalue("gpu"), request.getfixturevalue("device")
     fake.total = 2**26
     found = simulated.Simulated(rtx, fake)
+    found.watch(monkeypatch)
     monkeypatch.setattr(flavour, "find", lambda _: found)
     monkeypatch.setattr(device, "require_gpu", lambda: simulated.HERE)
     monkeypatch.setattr(vouch, "current_gpu", lambda: simulated.HERE)

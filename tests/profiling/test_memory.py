@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
 from deploycnn.profiling import memory_child
-from deploycnn.profiling.memory import MemoryUse, _read, peak_memory, peak_memory_bytes
+from deploycnn.profiling.memory import peak_memory, peak_memory_bytes
 from deploycnn.profiling.memory_child import resident_bytes
 from tests.runtimes import graphs
 
@@ -68,19 +67,6 @@ def test_a_child_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     path = graphs.write(tmp_path / "model.onnx")
     with pytest.raises(RuntimeUnavailable, match="no result within"):
         peak_memory(graphs.artifact(path), "onnxruntime:cpu", batch_size=1, timeout_s=0.01)
-
-
-def test_answers_are_read_from_the_last_line() -> None:
-    answer = json.dumps({"peak_bytes": 7, "baseline_bytes": 3})
-    assert _read(0, f"chatter\n{answer}\n", "", "x") == MemoryUse(peak_bytes=7, baseline_bytes=3)
-    on_gpu = json.dumps({"peak_bytes": 7, "baseline_bytes": 3, "device_bytes": 11})
-    assert _read(0, on_gpu, "", "x").device_bytes == 11
-    with pytest.raises(RuntimeUnavailable, match="no device"):
-        _read(0, json.dumps({"error": "RuntimeUnavailable", "message": "no device"}), "", "x")
-    with pytest.raises(ArtifactError, match="killed by signal 9"):
-        _read(-9, "", "", "x")
-    with pytest.raises(RuntimeError, match="Traceback of ours"):
-        _read(1, "half a line", "Traceback of ours", "x")
 
 
 def test_proc_status_is_in_kilobytes() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from onnx import TensorProto, helper
 
 from deploycnn.core import Stopwatch
 from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.profiling import child
 from deploycnn.profiling.nodes import Makers, node_medians
 from deploycnn.profiling.stopwatch import RuntimeStopwatch
 
@@ -71,8 +74,39 @@ def test_open_image_sizes_take_the_stated_one(tmp_path: Path) -> None:
 
 
 def test_a_runtime_without_an_account_of_nodes_gives_none(tmp_path: Path) -> None:
-    watch = RuntimeStopwatch(runtime="onnxruntime:cuda")
+    watch = RuntimeStopwatch(runtime="onnxruntime:tensorrt")
     assert watch.layer_ms(save(tmp_path / "m.onnx"), batch_size=1, threads=1) == {}
+
+
+def test_nodes_on_a_gpu_are_timed_where_the_driver_waits_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "m.onnx")
+    asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+
+    def ask(module: str, request: dict[str, Any], where: str, **options: Any) -> dict[str, Any]:
+        asked.append((module, request, options))
+        # What the child does, on the provider that is here.
+        found: dict[str, Any] = child.ask(module, json.loads(json.dumps(request | {"mode": "cpu"})), where)
+        return found
+
+    monkeypatch.setattr("deploycnn.profiling.nodes.ask", ask)
+    times = RuntimeStopwatch(runtime="onnxruntime:cuda").layer_ms(path, batch_size=2, threads=1)
+    assert [name for name in times if name.startswith("conv")] == ["conv0", "conv1"]
+    [(_, request, options)] = asked
+    assert (request["mode"], request["shape"]) == ("cuda", (2, 3, 16, 16))
+    assert options["environ"] == {"CUDA_LAUNCH_BLOCKING": "1"}
+
+
+def test_without_the_provider_nothing_is_timed_elsewhere(tmp_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the provider")
+    with pytest.raises(RuntimeUnavailable, match="has no CUDAExecutionProvider"):
+        RuntimeStopwatch(runtime="onnxruntime:cuda").layer_ms(
+            save(tmp_path / "m.onnx"), batch_size=1, threads=1
+        )
 
 
 def test_what_cannot_be_timed_is_named(tmp_path: Path) -> None:
