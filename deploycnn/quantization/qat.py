@@ -22,6 +22,7 @@ from deploycnn.errors import PassRequirementError, TrainingError
 from deploycnn.graph.bridge import Bridge, FakeQuantize, to_torch
 from deploycnn.graph.model import copy_of, initializers
 from deploycnn.graph.probe import parity_images
+from deploycnn.pruning import zeros
 from deploycnn.quantization.agreement import Agreement, measure_agreement, saturates_here
 from deploycnn.quantization.packed import pack, unpack
 from deploycnn.quantization.reconstruction import Layer, along, find_layers
@@ -97,6 +98,9 @@ def fine_tune(
     plain = copy_of(quantized)
     was_packed = unpack(plain)
     bridge = _trainable(plain, full, learn_scales)
+    if zeros.meant(ctx.lineage):
+        held = zeros.keep_zeros(bridge.module, list(bridge.module_of.values()))
+        ctx.log.info("qat: %d zeros of the sparse model are kept", held)
     sample, _ = parity_images(data, (0, 0, 0), 1, ctx.seed)
     classification.check_model(
         bridge.module, torch.from_numpy(sample), len(data.dataset.classes), "qat: the model"

@@ -11,7 +11,7 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import nn
 
-from deploycnn.core import Context
+from deploycnn.core import Artifact, Context, Facts
 from deploycnn.data.augment import Augmentation
 from deploycnn.errors import ParityError, PassRequirementError, TrainingError
 from deploycnn.graph.bridge import to_torch
@@ -39,6 +39,7 @@ from tests.training.support import make_context, make_data
 
 DATA = make_data()
 INT4 = NumberFormat(dtype="int4", symmetric=True)
+INT8 = NumberFormat(dtype="int8", symmetric=True)
 QUICK = TrainingSettings(
     epochs=12, batch_size=16, lr=1e-2, weight_decay=0.0, augment=Augmentation(crop_padding=1), keep="last"
 )
@@ -239,6 +240,35 @@ def test_seven_bits_stay_seven_bits(full: ModelProto, tmp_path: Path) -> None:
     largest = max(int(np.abs(layer.stored.integers).max()) for layer in find_layers(full, found.model))
     assert largest == 63
     assert not saturates_here(found.model)
+
+
+@pytest.mark.parametrize("meant", [True, False])
+def test_zeros_that_were_meant_stay(meant: bool, full: ModelProto, tmp_path: Path) -> None:
+    sparse = ModelProto()
+    sparse.CopyFrom(full)
+    for tensor in sparse.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.ndim == 4:
+            mask = np.random.default_rng(0).random(values.shape) < 0.5
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.where(mask, 0, values).astype(np.float32), tensor.name)
+            )
+    made_sparse = Artifact(
+        key="s", format="torch", path=tmp_path, inputs=(), outputs=(), parents=(),
+        facts=Facts(record={"sparsity": {"layers": ["conv"]}} if meant else {}),
+    )  # fmt: skip
+    ctx = replace(make_context(tmp_path, DATA), lineage=(made_sparse,))
+    quantized, settings = quantize(sparse, INT8), replace(QUICK, epochs=3, lr=0.1)
+    options: dict[str, Any] = {"learn_scales": False, "parity_count": 10}
+    found = qat.fine_tune(quantized, sparse, DATA, settings, loss=CrossEntropy(), ctx=ctx, **options)
+    stored = {layer.node.name: layer.stored.integers for layer in find_layers(sparse, found.model)}
+    moved = {True: 0, False: 0}
+    for layer in find_layers(sparse, quantized):
+        zero, changed = layer.weight == 0, stored[layer.node.name] != layer.stored.integers
+        moved[True] += int(changed[zero].sum())
+        moved[False] += int(changed[~zero].sum())
+    assert moved[False] > 50
+    assert (moved[True] == 0) == meant
 
 
 def test_packed_weights_stay_packed(full: ModelProto, tmp_path: Path) -> None:

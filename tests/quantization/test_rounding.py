@@ -185,3 +185,15 @@ def test_samples_that_judge_are_not_learned_from() -> None:
         judged=50,
     )
     assert torch.equal(solved(spoiled), solved(problem))
+
+
+@given(st.integers(0, 50))
+@settings(max_examples=10, deadline=None)
+def test_zeros_stay_whatever_would_be_gained(seed: int) -> None:
+    problem = make(seed, outputs=3, inputs=8)
+    zero = torch.rand(problem.weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    # The targets are those of the dense weights: every zero has an error that rounding it up could lower.
+    sparse = replace(problem, weight=problem.weight.masked_fill(zero, 0.0))
+    found = solved(sparse, replace(QUICK, iterations=60, lr=0.2, weight=0.0))
+    assert (found[zero] == 0).all()
+    assert (found[~zero] != nearest(sparse)[~zero]).any()
