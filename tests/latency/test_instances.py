@@ -12,10 +12,10 @@ from torch import nn
 
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import save_onnx
+from deploycnn.latency.deployed import deployed
 from deploycnn.latency.instances import FixedWidthsError, narrowed
 from deploycnn.latency.layers import layer_sums
 from deploycnn.latency.measure import Bench
-from deploycnn.latency.quantized import quantized
 from deploycnn.models.cifar_resnet import CifarResNet
 from deploycnn.models.small_mobilenet import SmallMobileNetV2
 from deploycnn.profiling.stopwatch import RuntimeStopwatch
@@ -55,7 +55,7 @@ def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_
     dense = export_onnx(model, (3, 32, 32), opset=18)
     before = dense.SerializeToString()
     graph = narrowed(dense, cuts, widths)
-    integers = narrowed(quantized(dense, (3, 32, 32), "onnxruntime-cpu", 1), cuts, widths)
+    integers = narrowed(deployed(dense, "int8", (3, 32, 32), "onnxruntime-cpu", 1), cuts, widths)
     remove(model, cuts)
     expected = model(images).detach().numpy()
     actual = _run(graph, images)

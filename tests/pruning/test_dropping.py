@@ -191,15 +191,16 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def goal_of(
     model: nn.Module, ratio: float, dropping: Dropping, folder: Path, stopwatch: Exact | None = None
 ) -> LatencyGoal:
-    return latency_goal(
+    goal = latency_goal(
         model,
         torch.randn(2, 3, 32, 32),
         ratio=ratio,
         precision="fp32",
         table=None,
         ctx=Context(output=folder, scratch=folder, stopwatch=stopwatch or Exact()),
-        dropping=dropping,
     )
+    goal.dropping = dropping
+    return goal
 
 
 def pruned(model: nn.Module, goal: LatencyGoal, round_to: int) -> Json:

@@ -261,11 +261,27 @@ def test_a_table_of_another_runtime_or_setting_is_refused_with_both(tmp_path: Pa
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
-def test_targets_that_tell_no_times_of_layers_say_what_to_do_instead(tmp_path: Path, target: str) -> None:
+def test_targets_that_are_not_here_say_what_to_do_instead(tmp_path: Path, target: str) -> None:
     ctx = Context(output=tmp_path, scratch=tmp_path, target=target)
-    with pytest.raises(PassRequirementError, match=f"not supported for {target}.*use macs_ratio"):
+    with pytest.raises(RuntimeUnavailable, match=f"{target} cannot be timed on this host; measure a table"):
         latency_goal(
-            CifarResNet(8).eval(), torch.randn(2, 3, 32, 32), ratio=0.5, precision="fp32", table=None, ctx=ctx
+            CifarResNet(8).eval(), torch.randn(2, 3, 32, 32), ratio=0.5, precision="fp16", table=None, ctx=ctx
+        )
+
+
+@pytest.mark.parametrize(("precision", "instead"), [("fp16", "fp32"), ("int8_fp16", "int8")])
+def test_halves_are_refused_for_cpus(tmp_path: Path, precision: str, instead: str) -> None:
+    ctx = Context(output=tmp_path, scratch=tmp_path, target="onnxruntime-cpu", stopwatch=Exact())
+    with pytest.raises(
+        PassRequirementError, match=f"latency_precision: {precision} is for GPUs.*use {instead}$"
+    ):
+        latency_goal(
+            CifarResNet(8).eval(),
+            torch.randn(2, 3, 32, 32),
+            ratio=0.5,
+            precision=precision,
+            table=None,
+            ctx=ctx,
         )
 
 
