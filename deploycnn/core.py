@@ -184,7 +184,7 @@ class Stopwatch(Protocol):
         """Time models side by side; ``budget_s`` seconds for each.
 
         Raises:
-            RuntimeUnavailable: one cannot be run.
+            RuntimeUnavailable: one cannot be run (``TimingUnavailable``: as an engine, here).
         """
         ...
 

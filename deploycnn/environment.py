@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from deploycnn.core import Json
+from deploycnn.engines.names import DISTRIBUTIONS as TENSORRT
 from deploycnn.errors import ArtifactError
 
 #: Instruction sets that decide how fast a CNN runs, by their names in /proc/cpuinfo (x86 and Arm).
@@ -33,7 +34,8 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
     "openvino": ("openvino",),
     "torch": ("torch",),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
+    "tensorrt": TENSORRT["tensorrt"],
+    "tensorrt-rtx": TENSORRT["tensorrt-rtx"],
 }
 
 
@@ -65,7 +67,7 @@ class Environment:
         gpu: Names, joined by " + ".
         driver: NVIDIA's.
         cuda: The newest that the driver serves.
-        tensorrt: Version, as the following.
+        tensorrt: Versions of TensorRT and TensorRT-RTX, joined by " + ".
         onnxruntime: "(gpu)" behind it tells the wheel.
         openvino: Version.
         torch: Version, with its CUDA.
@@ -139,7 +141,7 @@ def detect() -> Environment:
         gpu=" + ".join(nvidia.gpus) if nvidia else "",
         driver=nvidia.driver if nvidia else "",
         cuda=nvidia.cuda if nvidia else "",
-        tensorrt=version("tensorrt"),
+        tensorrt=" + ".join(filter(None, [version("tensorrt"), version("tensorrt-rtx")])),
         onnxruntime=version("onnxruntime"),
         openvino=version("openvino"),
         torch=version("torch"),

@@ -11,6 +11,7 @@
     ├── TrainingError         training diverged
     ├── ParityError           an exported graph does not compute what its model computes
     ├── RuntimeUnavailable    a runtime, provider or package that was asked for is not usable here
+    │   └── TimingUnavailable a model cannot be timed here as the engine that it would become elsewhere
     ├── ArtifactError         a stored artifact or run directory is damaged, foreign or of another schema
     └── StorageError          the disk is full or not writable
 
@@ -62,6 +63,13 @@ class ParityError(DeployCNNError):
 
 class RuntimeUnavailable(DeployCNNError):  # noqa: N818 - "unavailable" already says that it is an error
     """A runtime, execution provider or package that was asked for is not usable here."""
+
+
+class TimingUnavailable(RuntimeUnavailable):
+    """A model cannot be timed here as the engine that it would become: no engine of it is built, or it does not load.
+
+    It may well be deployed elsewhere, so a pass that only prefers to time goes on without, and says so.
+    """
 
 
 class ArtifactError(DeployCNNError):

@@ -195,6 +195,7 @@ class _Told(logging.Handler):
 
 def stopwatch(recipe: Recipe, data: Data | None, log: logging.Logger) -> Stopwatch | None:
     """What times models on the recipe's target at the settings of its profile; ``None`` where it cannot run here."""
+    from deploycnn.profiling.engines import Engines
     from deploycnn.profiling.remembering import RememberingStopwatch
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
 
@@ -203,6 +204,8 @@ def stopwatch(recipe: Recipe, data: Data | None, log: logging.Logger) -> Stopwat
     if not runtime.availability().ok:
         return None
     threads = [available_threads() if item == "all" else int(item) for item in recipe.profile.threads]
+    if runtime.device_of(runtime.mode) == "cuda":
+        threads = threads[:1]  # they make no difference there
     return RememberingStopwatch(
         stopwatch=RuntimeStopwatch(
             runtime=spec,
@@ -211,14 +214,14 @@ def stopwatch(recipe: Recipe, data: Data | None, log: logging.Logger) -> Stopwat
             ),
             image_shape=data.preprocessing.input_shape if data is not None else None,
             seed=recipe.seed,
+            engines=Engines(log=log),
         ),
         log=log,
     )
 
 
 def _may_time(step: Step) -> bool:
-    component = step.component
-    return isinstance(component, Pass) and (component.consumes == "onnx" or component.timing_decides)
+    return isinstance(step.component, Pass) and step.component.timing_decides
 
 
 def _ancestors(plan: Plan, step: Step) -> list[str]:

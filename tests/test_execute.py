@@ -130,18 +130,28 @@ def test_passes_get_a_stopwatch_only_where_the_target_runs(monkeypatch: pytest.M
     from deploycnn.runtimes.base import Availability
 
     class Runtime:
-        def __init__(self, ok: bool) -> None:
-            self.ok = ok
+        mode = "m"
+
+        def __init__(self, ok: bool, device: str = "cpu") -> None:
+            self.ok, self.device = ok, device
+
+        def device_of(self, mode: str) -> str:
+            return self.device
 
         def availability(self) -> Availability:
             return Availability(ok=self.ok)
 
-    recipe = recipes.parse({"source": {"model": "m"}, "variants": {"fp32": ["export"]}}, base=Path())
+    profile = {"batch_sizes": [1, 8], "threads": [1, 2]}
+    recipe = recipes.parse(
+        {"source": {"model": "m"}, "profile": profile, "variants": {"fp32": ["export"]}}, base=Path()
+    )
     found = []
-    for runtime in (Runtime(True), Runtime(False)):
+    for runtime in (Runtime(True), Runtime(False), Runtime(True, "cuda")):
         monkeypatch.setattr("deploycnn.execute.create", lambda _, it=runtime: it)
-        found.append(stopwatch(recipe, None, logging.getLogger("test")) is not None)
-    assert found == [True, False]
+        found.append(stopwatch(recipe, None, logging.getLogger("test")))
+    assert found[1] is None
+    assert found[0].settings == ((1, 1), (8, 1), (1, 2), (8, 2))
+    assert found[2].settings == ((1, 1), (8, 1)), "threads make no difference on a GPU"
 
 
 def test_warnings_of_a_step_reach_who_watches_the_run(

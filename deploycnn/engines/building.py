@@ -186,7 +186,7 @@ class _Build:
 
     def _build(self, timing_cache: bytes) -> tuple[bytes | None, bytes | None]:
         trt = self.flavour.module
-        builder = trt.Builder(self.flavour.logger)
+        builder = self.flavour.builder()
         network = self.flavour.network(builder)
         parser = trt.OnnxParser(network, self.flavour.logger)
         if not parser.parse(self.path.read_bytes(), str(self.path)):

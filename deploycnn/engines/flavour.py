@@ -74,6 +74,22 @@ class Flavour:
 
     # -- building ------------------------------------------------------------------------------------
 
+    def builder(self) -> Any:
+        """A ``Builder``.
+
+        Raises:
+            RuntimeUnavailable: the library cannot start here.
+        """
+        return self._start(self.module.Builder)
+
+    def _start(self, make: Callable[[Any], Any]) -> Any:
+        try:
+            return make(self.logger)
+        except TypeError as error:  # pybind11: the library's factory returned nothing
+            raise RuntimeUnavailable(
+                f"{self.name} {self.version} cannot start: the driver is too old for it, or it does not serve this GPU"
+            ) from error
+
     def network(self, builder: Any) -> Any:
         """An empty, strongly typed network."""
         flag = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
@@ -163,7 +179,7 @@ class Flavour:
         Raises:
             RuntimeUnavailable: the library cannot start here.
         """
-        runtime = self.module.Runtime(self.logger)
+        runtime = self._start(self.module.Runtime)
         if host_code_allowed:
             runtime.engine_host_code_allowed = True
         return runtime

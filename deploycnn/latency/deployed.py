@@ -1,4 +1,4 @@
-"""A model's graph as it will be deployed, for timing: real placement of Q/DQ and casts, ranges from noise."""
+"""A model's graph in the precision that it will be deployed in, for timing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 def deployed(
     graph: ModelProto, precision: str, shape: tuple[int, int, int], target: str, threads: int
 ) -> ModelProto:
-    """A float graph in a precision, as the passes `int8` and `fp16` would make it.
+    """A float graph in a precision, as the passes `int8` and `fp16` make it, but for what images decide.
+
+    Ranges are of noise, and no value is taken to overflow FP16: single nodes may stay FP32 in what ships.
 
     Args:
         graph: Of ``export_onnx``.
@@ -45,7 +47,7 @@ def check_precision(precision: str, target: str, where: str) -> None:
     """
     if precision.endswith("fp16") and targets.get(target).device == "cpu":
         raise PassRequirementError(
-            f"{where}: {precision} is for GPUs, and the target {target} is a CPU, which has no FP16 kernels; "
+            f"{where}: {precision} is for GPUs, and the target {target} is a CPU, where FP16 is cast back; "
             f"use {'int8' if precision.startswith('int8') else 'fp32'}"
         )
 

@@ -55,8 +55,8 @@ def latency_goal(
         layers = bench.layers()
     else:
         raise RuntimeUnavailable(
-            f"prune.latency_ratio: the target {ctx.target} cannot be timed on this host; measure a table on one that "
-            "has it (deploycnn latency-table) and name it as latency_table"
+            f"prune.latency_ratio: the target {ctx.target} cannot be timed on this host; deploycnn doctor tells why. "
+            "Measure a table on a host that has it (deploycnn latency-table) and name it as latency_table"
         )
     return LatencyGoal(
         ratio=ratio,
@@ -104,7 +104,7 @@ def _bench(
 
 def _check(loaded: LatencyTable, path: Path, precision: str, ctx: Context) -> None:
     runtimes = targets.get(ctx.target).runtimes
-    if loaded.runtime not in runtimes:
+    if loaded.runtime not in (runtimes[:1] if targets.get(ctx.target).engines else runtimes):
         raise PassRequirementError(
             f"prune.latency_table: {path} is of {loaded.runtime}, the target {ctx.target} runs {runtimes[0]}"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from deploycnn import cache, environment
+from deploycnn import cache, environment, targets
 from deploycnn.core import Stopwatch
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import NATIVE_OPSET, export_onnx
@@ -34,6 +34,8 @@ REPEATS = 2
 FIRST_RUNS = 4
 #: Bytes of the files that are raced at once: all are open, and a runtime keeps about two copies of the weights.
 RACE_BYTES = 1 << 30
+#: Models that are raced at once on a GPU, whose memory holds what they compute with besides their weights.
+GPU_RACE = 8
 #: What a profile may add to the time of each node: that is taken with which the table predicts best.
 OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02, 0.03)
 #: Of a node's profiled time, what is left at least when the overhead is taken off.
@@ -262,7 +264,8 @@ class Bench:
         first, *others = paths
         again = {f"{first} again {number}": paths[first] for number in range(1, FIRST_RUNS)}
         ms: dict[str, float] = {}
-        for part in parts([paths[name].stat().st_size for name in others], RACE_BYTES):
+        count = GPU_RACE if targets.get(self.target).device == "cuda" else len(others)
+        for part in parts([paths[name].stat().st_size for name in others], RACE_BYTES, count):
             racing = {name: paths[name] for name in (first, *(others[index] for index in part))}
             speeds = self.stopwatch.race(
                 {**racing, **again},
@@ -290,12 +293,12 @@ class Bench:
         return json.dumps(identity, sort_keys=True)
 
 
-def parts(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Indices in runs, each of files that have at most so many bytes together, or of a single one."""
+def parts(sizes: Sequence[int], most: int, count: int) -> list[list[int]]:
+    """Indices in runs, each of at most ``count`` files with at most ``most`` bytes together, or of a single one."""
     found: list[list[int]] = []
     held = 0
     for index, size in enumerate(sizes):
-        if not found or held + size > most:
+        if not found or held + size > most or len(found[-1]) == count:
             found.append([])
             held = 0
         found[-1].append(index)

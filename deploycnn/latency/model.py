@@ -146,7 +146,7 @@ class LatencyTable:
     Attributes:
         environment: Of the machine it was measured on (``Environment.to_json``).
         runtime: ``name:mode``.
-        precision: "fp32" or "int8".
+        precision: Of the graphs: "fp32", "int8", "fp16" or "int8_fp16".
         batch_size: Images per run.
         threads: Of the runtime.
         step: Widths may be rounded up to multiples of this at no cost.

@@ -22,9 +22,13 @@ STEPS = (1, 2, 4, 8, 16, 32)
 TOLERANCE = 0.05
 #: Share of the widths that may do worse: those just above a multiple.
 _WORSE = 0.15
-#: Least sides of the images that are timed: on smaller ones what a node costs whatever its width hides the steps, and
-#: any rounding seems to be free.
-_LEAST_SIDE = 32
+#: Least sides of the images that are timed, one after the other: where what a node costs whatever its width hides the
+#: steps, any rounding seems to be free. On GPUs that takes large images.
+_LEAST_SIDES = (32, 128, 512)
+#: The widest row must take so many times as long as the narrowest, else the times tell no steps.
+_TELLING = 3.0
+#: The step where none is told: what fits most kernels.
+_UNTOLD = 8
 #: Widths that are timed: every one, as steps show between them.
 WIDTHS = (8, 41)
 _BUDGET_S = 0.5
@@ -55,10 +59,15 @@ def find(
         if kind.op == "conv" and kind.groups == "1" and kind.widest[0] >= 8 and len(kind.outputs) == 2
     ]
     if not whole:
-        return 8
+        return _UNTOLD
     kind = max(dict.fromkeys(whole), key=lambda item: whole.count(item) * _macs(item))
-    times = measure(kind, stopwatch, batch_size=batch_size, threads=threads, prepare=prepare)
-    return step_of(times)
+    for side in _LEAST_SIDES:
+        times = measure(
+            kind, stopwatch, batch_size=batch_size, threads=threads, least_side=side, prepare=prepare
+        )
+        if max(times.values()) >= _TELLING * min(times.values()):
+            return step_of(times)
+    return _UNTOLD
 
 
 def step_of(times: Mapping[int, float]) -> int:
@@ -86,11 +95,12 @@ def measure(
     *,
     batch_size: int,
     threads: int,
+    least_side: int = _LEAST_SIDES[0],
     prepare: Prepare = lambda graph, _: graph,
 ) -> dict[int, float]:
-    """Milliseconds of a row of convolutions of one kind, by width."""
+    """Milliseconds of a row of convolutions of one kind, by width, on maps of ``least_side`` pixels or more."""
     widths = range(*WIDTHS)
-    height, breadth = (max(side, _LEAST_SIDE) for side in kind.outputs)
+    height, breadth = (max(side, least_side) for side in kind.outputs)
     shape = (3, height, breadth)
     with tempfile.TemporaryDirectory(prefix="deploycnn-") as name:
         paths = {}

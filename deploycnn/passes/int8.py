@@ -50,7 +50,7 @@ class Int8(Pass):
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
     gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
@@ -193,6 +193,7 @@ class Int8(Pass):
             seed=ctx.seed,
             threads=ctx.threads,
             progress=ctx.progress,
+            warn=ctx.log.warning,
         ).run()
         if record.fused is not None:
             ctx.log.info("%d operators fused, %d stray Q/DQ", record.fused.quantized, record.fused.stray)

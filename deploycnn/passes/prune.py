@@ -50,7 +50,7 @@ class Prune(Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
 
     pruning_ratio: Annotated[
         Annotated[float, Gt(0), Lt(1)] | None, "Share of the prunable channels to remove."

@@ -19,7 +19,7 @@ from deploycnn.core import Json, Speed, Stopwatch
 from deploycnn.files import sha256_of
 
 #: Changes when what is kept means something else.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,8 @@ class RememberingStopwatch:
         stored = cache.load("stopwatch", identity)
         if stored is None:
             times = dict(self.stopwatch.layer_ms(model, batch_size=batch_size, threads=threads))
-            cache.store("stopwatch", identity, {"ms": times, "when": _now()})
+            if times:
+                cache.store("stopwatch", identity, {"ms": times, "when": _now()})
             return times
         self._tell(f"layers of {model.stem}", stored["when"])
         return {str(name): float(ms) for name, ms in stored["ms"].items()}

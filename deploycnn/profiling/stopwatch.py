@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploycnn.core import Artifact, Facts, Speed, TensorSpec
-from deploycnn.errors import ArtifactError, RuntimeUnavailable
+from deploycnn.errors import ArtifactError, PassRequirementError, RuntimeUnavailable, TimingUnavailable
 from deploycnn.profiling.engines import Engines
 from deploycnn.profiling.inputs import noise
 from deploycnn.profiling.nodes import PROFILERS
@@ -45,20 +46,37 @@ class RuntimeStopwatch:
 
         Raises:
             RuntimeUnavailable: one cannot be run; says why.
-            PassRequirementError: no engine can be built of one; names the node.
+            TimingUnavailable: no engine can be built of one, or it does not load; names the node.
         """
-        from deploycnn.profiling.statistics import compare, summarize
-        from deploycnn.profiling.timing import Candidate, TimingSettings, time_interleaved
         from deploycnn.runtimes.base import create
         from deploycnn.runtimes.tensorrt import TensorRT
 
         runtime = create(self.runtime)
+        if isinstance(runtime, TensorRT):
+            with _untimed(self.runtime):
+                engines = self.engines.of(
+                    [self._artifact(path) for path in models.values()], runtime, batch_size
+                )
+                return self._race(
+                    dict(zip(models, engines, strict=True)), runtime, batch_size, threads, budget_s
+                )
+        artifacts = {label: self._artifact(path) for label, path in models.items()}
+        return self._race(artifacts, runtime, batch_size, threads, budget_s)
+
+    def _race(
+        self,
+        artifacts: Mapping[str, Artifact],
+        runtime: Runtime,
+        batch_size: int,
+        threads: int,
+        budget_s: float,
+    ) -> dict[str, Speed]:
+        from deploycnn.profiling.statistics import compare, summarize
+        from deploycnn.profiling.timing import Candidate, TimingSettings, time_interleaved
+
         candidates = []
         made: dict[tuple[int | None, ...], npt.NDArray[np.float32]] = {}
-        artifacts = [self._artifact(path) for path in models.values()]
-        if isinstance(runtime, TensorRT):
-            artifacts = self.engines.of(artifacts, runtime, batch_size)
-        for label, artifact in zip(models, artifacts, strict=True):
+        for label, artifact in artifacts.items():
             shape = artifact.inputs[0].shape
             if shape not in made:
                 made[shape] = self._images(artifact, batch_size)
@@ -94,7 +112,10 @@ class RuntimeStopwatch:
         if self.runtime in PROFILERS:
             return PROFILERS[self.runtime](model, images, threads)
         runtime = create(self.runtime)
-        return self.engines.node_ms(artifact, runtime, images) if isinstance(runtime, TensorRT) else {}
+        if not isinstance(runtime, TensorRT):
+            return {}
+        with _untimed(self.runtime):
+            return self.engines.node_ms(artifact, runtime, images)
 
     def _images(self, artifact: Artifact, batch_size: int) -> npt.NDArray[np.float32]:
         return noise(batch_size, [size or 1 for size in artifact.inputs[0].shape[1:]], self.seed)
@@ -119,6 +140,15 @@ class RuntimeStopwatch:
         if self.image_shape is None:
             raise ArtifactError(f"{path}: its input leaves the image size open; export it with a fixed size")
         return self.image_shape
+
+
+@contextmanager
+def _untimed(runtime: str) -> Iterator[None]:
+    """Whatever an engine meets that is made only to be timed is no fault of the model's."""
+    try:
+        yield
+    except (ArtifactError, PassRequirementError, RuntimeUnavailable, OSError) as error:
+        raise TimingUnavailable(f"{runtime}: an engine cannot be timed here: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,13 @@ def keep_zeros(model: nn.Module, names: Sequence[str]) -> int:
             continue
         zero = layer.weight.detach() == 0
         held += int(zero.sum())
-        layer.weight.register_hook(_masked(zero))
+        hold(layer.weight, zero)
     return held
+
+
+def hold(weight: Tensor, zero: Tensor) -> None:
+    """Give the weights where ``zero`` is true no gradient."""
+    weight.register_hook(_masked(zero))
 
 
 def _masked(zero: Tensor) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploycnn.core import Stopwatch
-from deploycnn.errors import PassRequirementError
+from deploycnn.errors import PassRequirementError, TimingUnavailable
 from deploycnn.graph.metadata import get_metadata, set_metadata
 from deploycnn.graph.model import check_onnx, is_quantized, load_onnx, opset_of, save_onnx
 from deploycnn.models.onnx_macs import known_shapes, node_macs, with_shapes
@@ -40,7 +40,7 @@ EIGHT_BITS = 8
 TABLE_IMAGES = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
     """A float model to quantize.
 
@@ -61,6 +61,7 @@ class Job:
         seed: Of what remedies learn.
         threads: CPU threads.
         progress: Told of the share done, and what is being done.
+        warn: Told what could not be timed. An engine that is not built here is no reason to leave integers out.
     """
 
     source: Path
@@ -78,6 +79,7 @@ class Job:
     seed: int = 0
     threads: int = 1
     progress: Callable[[float, float, str], None] = lambda _done, _total, _message: None
+    warn: Callable[[str], None] = lambda _message: None
 
     def run(self) -> Record:
         """Write the quantized model.
@@ -123,7 +125,11 @@ class Job:
             macs=macs,
             tell=lambda message: self.progress(0, 1, message),
         ).run(self.options)
-        harm = self._do_no_harm(model, engine, found, judge)
+        harm = None
+        try:
+            harm = self._do_no_harm(model, engine, found, judge)
+        except TimingUnavailable as error:
+            self._untimed(error)
         if harm is not None and harm.ship_float:
             found.model = original
             # The integer graph was judged; what ships is what it was compared with.
@@ -167,12 +173,12 @@ class Job:
 
     def _gains_ms(self, quantized: ModelProto) -> Mapping[str, float] | None:
         """Float time minus integer time of each layer on the target."""
-        if self.stopwatch is None:
-            return None
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             path = Path(folder) / "int8.onnx"
             save_onnx(packed(quantized), path)
             after, before = self._layer_ms(path), self._layer_ms(self.source)
+        if self.stopwatch is None:
+            return None
         return {name: before[name] - after[name] for name in after if name in before}
 
     def _layer_ms(self, path: Path) -> Mapping[str, float]:
@@ -180,7 +186,16 @@ class Job:
         if self.stopwatch is None:
             return {}
         batch_size, threads = self.stopwatch.settings[0]
-        return self.stopwatch.layer_ms(path, batch_size=batch_size, threads=threads)
+        try:
+            return self.stopwatch.layer_ms(path, batch_size=batch_size, threads=threads)
+        except TimingUnavailable as error:
+            self._untimed(error)
+            return {}
+
+    def _untimed(self, error: TimingUnavailable) -> None:
+        """Go on without timing: what failed once would fail again."""
+        self.stopwatch = None
+        self.warn(f"do_no_harm: nothing was timed, so integers may be slower than float: {error}")
 
     @property
     def integers(self) -> bool:

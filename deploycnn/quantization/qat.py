@@ -99,7 +99,7 @@ def fine_tune(
     was_packed = unpack(plain)
     bridge = _trainable(plain, full, learn_scales)
     if zeros.meant(ctx.lineage):
-        held = zeros.keep_zeros(bridge.module, list(bridge.module_of.values()))
+        held = keep_zeros(bridge, find_layers(full, plain))
         ctx.log.info("qat: %d zeros of the sparse model are kept", held)
     sample, _ = parity_images(data, (0, 0, 0), 1, ctx.seed)
     classification.check_model(
@@ -191,6 +191,24 @@ def starting_weights(layers: list[Layer]) -> dict[str, npt.NDArray[np.generic]]:
         offset = np.where(np.abs(wanted) <= 1.0, np.clip(wanted, -_MARGIN, _MARGIN), 0.0)
         found[stored.name] = ((steps + offset) * scale).astype(np.float32)
     return found
+
+
+def keep_zeros(bridge: Bridge, layers: list[Layer]) -> int:
+    """Hold the weights that are zero in the float graph at zero; how many there are.
+
+    Weights whose integer only happens to be zero are trained.
+    """
+    held = 0
+    for layer in layers:
+        weight: nn.Parameter = bridge.module.get_parameter(f"{bridge.module_of[layer.node.name]}.weight")
+        zero = torch.from_numpy(layer.weight == 0)
+        # Linear layers hold what a MatMul reads the other way round.
+        for mask in (zero, zero.T) if zero.dim() == 2 else (zero,):
+            if mask.shape == weight.shape and bool((weight[mask] == 0).all()):
+                zeros.hold(weight, mask)
+                held += int(mask.sum())
+                break
+    return held
 
 
 def limit_weights(bridge: Bridge, layers: list[Layer]) -> None:

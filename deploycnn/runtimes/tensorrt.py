@@ -110,6 +110,12 @@ class TensorRT(Runtime):
         return session
 
 
+def forget_kernels(path: Path) -> None:
+    """Drop what was compiled for an engine that is opened no more."""
+    for key in [key for key in _RUNTIME_CACHES if key[0] == str(path)]:
+        del _RUNTIME_CACHES[key]
+
+
 def _refit(flavour: Flavour, engine: Any, path: Path, record: EngineRecord | None) -> None:
     """Put the weights into an engine that was built without them, from the ``model.onnx`` beside it."""
     import hashlib
@@ -276,6 +282,7 @@ class EngineSession(Session):
         lane = self.lane()
         lane.prepare(images.shape, self._profile(images.shape))
         lane.run(images)
+        lane.keep_cache()
         try:
             return layer_times(self._flavour, lane.context, lambda: lane.run(images), runs=runs)
         finally:

@@ -234,3 +234,26 @@ def test_no_gpu_says_why(driver: Driver | None, why: str, monkeypatch: pytest.Mo
     with pytest.raises(RuntimeUnavailable, match=why):
         device.require_gpu()
     assert device.current_gpu() is None
+
+
+@pytest.mark.parametrize("make", ["builder", "runtime"])
+def test_a_library_that_cannot_start_is_one_error(make: str) -> None:
+    """What pybind11 raises where the library's own factory returns nothing, as with a driver too old for it."""
+
+    def fail(_: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module: Any = SimpleNamespace(Runtime=fail, Builder=fail)
+    found = Broken("tensorrt", module, "11.4")
+    with pytest.raises(RuntimeUnavailable, match="cannot start: the driver is too old"):
+        getattr(found, make)()
+
+
+class Broken(Flavour):
+    """With no logger of a library's own."""
+
+    __slots__ = ()
+
+    @property
+    def logger(self) -> object:
+        return None

@@ -79,7 +79,7 @@ def test_no_name_is_used_that_is_not_listed() -> None:
         for name, members in names_of(version).items()
         for member in (name, *members)
     }
-    ours = {"append", "logger", "pop", "refittable", "start"}
+    ours = {"append", "builder", "logger", "pop", "refittable", "start"}
     folder = Path(engines.__file__).parent
     for name in ("flavour.py", "building.py", "progress.py", "log.py", "layer_times.py"):
         path = folder / name

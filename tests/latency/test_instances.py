@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto
 from torch import nn
 
 from deploycnn.graph.export import export_onnx
@@ -55,13 +56,26 @@ def test_a_narrowed_graph_computes_what_the_pruned_module_does(build: type, tmp_
     dense = export_onnx(model, (3, 32, 32), opset=18)
     before = dense.SerializeToString()
     graph = narrowed(dense, cuts, widths)
-    integers = narrowed(deployed(dense, "int8", (3, 32, 32), "onnxruntime-cpu", 1), cuts, widths)
+    others = [
+        narrowed(deployed(dense, precision, (3, 32, 32), target, 1), cuts, widths)
+        for precision, target in (
+            ("int8", "onnxruntime-cpu"),
+            ("fp16", "tensorrt"),
+            ("int8_fp16", "tensorrt"),
+        )
+    ]
     remove(model, cuts)
     expected = model(images).detach().numpy()
     actual = _run(graph, images)
     assert dense.SerializeToString() == before
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
-    assert _run(integers, images).shape == expected.shape
+    for precision, other in zip(("int8", "fp16", "int8_fp16"), others, strict=True):
+        assert _run(other, images).shape == expected.shape
+        kinds = {tensor.data_type for tensor in other.graph.initializer if len(tensor.dims) == 4}
+        assert (TensorProto.INT8 in kinds) == precision.startswith("int8")
+        assert (TensorProto.FLOAT16 in {tensor.data_type for tensor in other.graph.initializer}) == (
+            precision.endswith("fp16")
+        )
 
 
 class Viewed(nn.Module):

@@ -62,8 +62,28 @@ def test_what_is_too_large_for_one_race_is_raced_in_several_with_the_first(
     assert found == pytest.approx({name: 2.0 * size for name, size in sizes.items()})
 
 
-@given(st.lists(st.integers(1, 100)), st.integers(1, 300))
-def test_parts_are_all_in_order_and_small_enough(sizes: list[int], most: int) -> None:
-    found = parts(sizes, most)
+def test_on_a_gpu_few_are_raced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploycnn.latency.measure.GPU_RACE", 2)
+    paths = {name: tmp_path / name for name in ("dense", "a", "b", "c")}
+    for path in paths.values():
+        path.write_bytes(b"x")
+    stopwatch = Drifting()
+    bench = Bench(
+        model=CifarResNet(8),
+        images=torch.zeros(2, 3, 32, 32),
+        stopwatch=stopwatch,
+        precision="fp16",
+        batch_size=1,
+        threads=1,
+        target="tensorrt",
+    )
+    bench.race(paths)
+    assert [names[: -(FIRST_RUNS - 1)] for names in stopwatch.raced] == [["dense", "a", "b"], ["dense", "c"]]
+
+
+@given(st.lists(st.integers(1, 100)), st.integers(1, 300), st.integers(1, 9))
+def test_parts_are_all_in_order_and_small_enough(sizes: list[int], most: int, count: int) -> None:
+    found = parts(sizes, most, count)
+    assert all(len(part) <= count for part in found)
     assert [index for part in found for index in part] == list(range(len(sizes)))
     assert all(len(part) == 1 or sum(sizes[index] for index in part) <= most for part in found)

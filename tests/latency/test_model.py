@@ -130,6 +130,9 @@ class Blocks:
 
     runtime = "onnxruntime:cpu"
 
+    def __init__(self, macs_per_ms: float = 1e7, channels: int = 8) -> None:
+        self.macs_per_ms, self.channels = macs_per_ms, channels
+
     def race(
         self, models: dict[str, Path], *, batch_size: int, threads: int, budget_s: float
     ) -> dict[str, Speed]:
@@ -144,10 +147,15 @@ class Blocks:
         pixels = np.prod([axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim[2:]])
         weights = [tensor.dims for tensor in graph.initializer if len(tensor.dims) == 4]
         macs = sum(
-            pixels * -(-outer // 8) * 8 * -(-inner // 8) * 8 * height * width
+            pixels
+            * -(-outer // self.channels)
+            * -(-inner // self.channels)
+            * self.channels**2
+            * height
+            * width
             for outer, inner, height, width in weights
         )
-        return float(macs / 1e7 + 0.005 * len(graph.node))
+        return float(macs / self.macs_per_ms + 0.005 * len(graph.node))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -165,3 +173,13 @@ def test_small_maps_do_not_hide_the_step(kernel: int, side: int) -> None:
         widest=(240, 240),
     )
     assert steps.find([kind], Blocks(), batch_size=1, threads=1) == 8
+
+
+@pytest.mark.parametrize(("macs_per_ms", "channels", "step"), [(1e9, 16, 16), (1e10, 4, 4), (1e20, 16, 8)])
+def test_a_machine_too_fast_for_small_maps_is_asked_with_large_ones(
+    macs_per_ms: float, channels: int, step: int
+) -> None:
+    """On one that is too fast for all of them no step is told, and not the largest that seems free."""
+    sides = {"inputs": (8, 8), "outputs": (8, 8)}
+    kind = Kind(op="conv", kernel=(3, 3), stride=(1, 1), groups="1", tail=(), widest=(64, 64), **sides)
+    assert steps.find([kind], Blocks(macs_per_ms, channels), batch_size=1, threads=1) == step

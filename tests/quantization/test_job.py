@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from deploycnn.core import Speed
-from deploycnn.errors import PassRequirementError
+from deploycnn.errors import PassRequirementError, TimingUnavailable
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import is_quantized, load_onnx, save_onnx
 from deploycnn.graph.probe import calibration_batches
@@ -101,6 +101,25 @@ def test_where_no_integer_graph_is_faster_float_is_returned_and_named(exported: 
     assert {layer.precision for layer in record.layers} == {"float"}
     assert record.to_json()["quantized_nodes"] == 0
     assert len(watch.raced[0]) > 2, "blocks in float were tried"
+
+
+@pytest.mark.parametrize("where", ["layer_ms", "race"])
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_where_no_engine_is_made_here_integers_ship_untimed_and_it_is_told(
+    where: str, budget: float | None, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TimingUnavailable("no engine here")
+
+    monkeypatch.setattr(Stopwatch, where, fail)
+    warnings: list[str] = []
+    options = Options(calibrator="minmax", max_top1_drop=budget)
+    watch = Stopwatch(ratio=2.0, runtime="tensorrt:trt")
+    model, record, _ = run(exported, tmp_path, options, stopwatch=watch, warn=warnings.append)
+    assert is_quantized(model)
+    assert record.to_json()["do_no_harm"] == "not timed"
+    assert len(warnings) == 1
+    assert "no engine here" in warnings[0]
 
 
 def test_without_a_stopwatch_it_says_that_nothing_was_timed(exported: Path, tmp_path: Path) -> None:
