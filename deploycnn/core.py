@@ -278,6 +278,13 @@ class Pass(ABC):
         """Names of variants whose last torch artifact this pass needs (a teacher)."""
         return ()
 
+    def check_target(self, target: str) -> None:
+        """Refuse options that the target named ``target`` cannot have, while the recipe is planned.
+
+        Raises:
+            PassRequirementError: which, and what to write instead.
+        """
+
     def requires(self, source: Artifact) -> None:
         """Check ``source`` before any work is done.
 

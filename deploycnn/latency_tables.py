@@ -32,7 +32,7 @@ def measure_table(
     Args:
         model: A torch artifact's folder, or ``source:name``.
         target: Name of the target.
-        precision: One of ``latency.deployed.PRECISIONS``.
+        precision: A ``targets.Precision``.
         batch_size: Images per run.
         threads: Of the runtime.
         round_to: Widths to time are multiples of this; the target's own step by default.
@@ -46,7 +46,6 @@ def measure_table(
     """
     import torch
 
-    from deploycnn.latency.deployed import check_precision
     from deploycnn.latency.measure import Bench
     from deploycnn.latency.samples import configurations
     from deploycnn.profiling.stopwatch import RuntimeStopwatch
@@ -56,7 +55,7 @@ def measure_table(
     from deploycnn.pruning.structure import analyse, shrunk
     from deploycnn.runtimes.base import create
 
-    check_precision(precision, target, "latency-table: --precision")
+    targets.check_half(precision, target, "latency-table: --precision")
     spec = targets.get(target).runtimes[0]
     runtime = create(spec)
     found = runtime.availability()

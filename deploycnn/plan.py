@@ -17,7 +17,7 @@ from typing import Any
 
 from deploycnn import schema
 from deploycnn.core import Format, Pass, Source
-from deploycnn.errors import RecipeError, nearest
+from deploycnn.errors import PassRequirementError, RecipeError, nearest
 from deploycnn.files import sha256_of
 from deploycnn.recipe import Recipe
 
@@ -156,6 +156,10 @@ class _Planner:
         source_name, source = self.recipe.source
         keys = [self.add(source_name, source, None, {}, name)]
         for index, (pass_name, step) in enumerate(self.recipe.variant(name).passes):
+            try:
+                step.check_target(self.recipe.target.name)
+            except PassRequirementError as error:
+                raise RecipeError(f"variants.{name}.{index}: {error}") from error
             references = {
                 other: self.last_torch(other, name, index, pass_name) for other in step.references()
             }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from deploycnn.errors import RecipeError, nearest
+from deploycnn.errors import PassRequirementError, RecipeError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,28 @@ TARGETS = {
         ),
     )
 }
+
+
+#: What models are deployed in.
+Precision = Literal["fp32", "int8", "fp16", "int8_fp16"]
+
+
+def check_half(precision: str, target: str, where: str) -> None:
+    """Refuse FP16 on a CPU, which casts it back.
+
+    Args:
+        precision: A ``Precision``.
+        target: Name of the target.
+        where: Option that says so, for the message.
+
+    Raises:
+        PassRequirementError: FP16 on a CPU.
+    """
+    if precision.endswith("fp16") and get(target).device == "cpu":
+        raise PassRequirementError(
+            f"{where}: {precision} is for GPUs, and the target {target} is a CPU, where FP16 is cast back; "
+            f"use {'int8' if precision.startswith('int8') else 'fp32'}"
+        )
 
 
 def get(name: str) -> Target:

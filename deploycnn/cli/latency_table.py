@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
+
+from deploycnn.targets import Precision
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -16,7 +19,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8", "fp16", "int8_fp16"]),
+    type=click.Choice(get_args(Precision)),
     default="fp32",
     show_default=True,
     help="Of the graphs; FP16 for GPUs only.",

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 from onnx import ModelProto
 
-from deploycnn import targets
-from deploycnn.errors import PassRequirementError
 from deploycnn.graph.fp16 import convert_fp16
 from deploycnn.quantization import packs
 from deploycnn.quantization.engine import Candidate, Engine
 from deploycnn.quantization.isa import detect_isa
 from deploycnn.quantization.preparation import prepare
-
-#: What latency tables are of.
-Precision = Literal["fp32", "int8", "fp16", "int8_fp16"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def deployed(
@@ -29,7 +21,7 @@ def deployed(
 
     Args:
         graph: Of ``export_onnx``.
-        precision: One of ``PRECISIONS``.
+        precision: A ``targets.Precision``.
         shape: (C, H, W) of an image.
         target: Name of the target, for the rules of INT8.
         threads: To calibrate with.
@@ -37,19 +29,6 @@ def deployed(
     if precision.startswith("int8"):
         graph = _quantized(graph, shape, target, threads)
     return convert_fp16(graph)[0] if precision.endswith("fp16") else graph
-
-
-def check_precision(precision: str, target: str, where: str) -> None:
-    """Refuse what nobody would deploy.
-
-    Raises:
-        PassRequirementError: FP16 on a CPU, which casts it back.
-    """
-    if precision.endswith("fp16") and targets.get(target).device == "cpu":
-        raise PassRequirementError(
-            f"{where}: {precision} is for GPUs, and the target {target} is a CPU, where FP16 is cast back; "
-            f"use {'int8' if precision.startswith('int8') else 'fp32'}"
-        )
 
 
 def _quantized(graph: ModelProto, shape: tuple[int, int, int], target: str, threads: int) -> ModelProto:

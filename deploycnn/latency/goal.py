@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from deploycnn import environment, targets
 from deploycnn.core import Context
 from deploycnn.errors import PassRequirementError, RuntimeUnavailable
-from deploycnn.latency.deployed import check_precision
 from deploycnn.latency.layers import Layer, layers_of
 from deploycnn.latency.measure import Bench
 from deploycnn.latency.model import LatencyTable, load_table
@@ -34,7 +33,7 @@ def latency_goal(
         model: Dense, in evaluation mode.
         images: Example input (N, C, H, W).
         ratio: Share of the dense latency.
-        precision: One of ``deployed.PRECISIONS``.
+        precision: A ``targets.Precision``.
         table: A file, or ``None``.
         ctx: Of the pass.
 
@@ -44,7 +43,7 @@ def latency_goal(
             size or number of threads, or lacks layers of this model.
         ArtifactError: the table cannot be read.
     """
-    check_precision(precision, ctx.target, "prune.latency_precision")
+    targets.check_half(precision, ctx.target, "prune.latency_precision")
     loaded = load_table(table) if table is not None else None
     if loaded is not None and table is not None:
         _check(loaded, table, precision, ctx)

@@ -68,7 +68,7 @@ class Bench:
         model: The dense model, in evaluation mode.
         images: Example input (N, C, H, W).
         stopwatch: Of the target.
-        precision: Of what will be deployed (``deployed.PRECISIONS``).
+        precision: Of what will be deployed (``targets.Precision``).
         batch_size: Images per run.
         threads: Of the runtime.
         target: Name of the target, for the rules of INT8.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Interval
 
+from deploycnn import targets
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass
 from deploycnn.errors import PassRequirementError
 
@@ -153,6 +154,10 @@ class Int8(Pass):
 
         return None if self.reduce_range is not None else {"saturates": detect_isa().saturates}
 
+    def check_target(self, target: str) -> None:
+        """Refuse number formats that the rules of a GPU have no place for."""
+        self._check_formats(target if self.rules == "target" else self.rules)
+
     def requires(self, source: Artifact) -> None:
         """Refuse what is not FP32."""
         if source.facts.precision != "fp32":
@@ -279,8 +284,22 @@ class Int8(Pass):
     def _learns_rounding(self) -> bool:
         return self.weights == "int4" if self.adaround is None else self.adaround
 
+    def _check_formats(self, target: str) -> None:
+        if targets.get(target).device == "cpu":
+            return
+        if self.activations == "uint8":
+            raise PassRequirementError(
+                f"int8: activations: uint8 is for CPU targets, not {target}, which wants them symmetric; leave it out"
+            )
+        if self.weights_only or self.weights == "int4":
+            raise PassRequirementError(
+                f"int8: {'weights_only' if self.weights_only else 'weights: int4'} is for CPU targets, not {target}: "
+                "its kernels for convolutions take 8-bit weights beside 8-bit activations"
+            )
+
     def _pack(self, target: str) -> RulePack:
         """The target's rules, with what the recipe says of number formats."""
+        self._check_formats(target)
         from deploycnn.quantization import packs
         from deploycnn.quantization.isa import detect_isa
         from deploycnn.quantization.types import NumberFormat
@@ -289,17 +308,8 @@ class Int8(Pass):
         pack = packs.get(target, isa)
         reduced = pack.weight.reduced if self.reduce_range is None else self.reduce_range
         activation = pack.activation
-        if self.activations == "uint8" and pack.style != "units":
-            raise PassRequirementError(
-                f"int8: activations: uint8 is for CPU targets, not {target}, which wants them symmetric; leave it out"
-            )
         if self.activations != "auto":
             activation = NumberFormat(dtype=self.activations, symmetric=self.activations == "int8")
-        if (self.weights_only or self.weights == "int4") and pack.style != "units":
-            raise PassRequirementError(
-                f"int8: {'weights_only' if self.weights_only else 'weights: int4'} is for CPU targets, not {target}: "
-                "its kernels for convolutions take 8-bit weights beside 8-bit activations"
-            )
         pack = replace(
             pack,
             activation=activation,

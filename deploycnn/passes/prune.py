@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Lt
 
+from deploycnn import targets
 from deploycnn.core import MAIN_FILE, Artifact, Context, Draft, Format, Json, Pass, Table
 from deploycnn.errors import RecipeError
 from deploycnn.training.settings import TrainingSettings
@@ -68,7 +69,7 @@ class Prune(Pass):
         "measured, and corrected where it is off.",
     ] = None
     latency_precision: Annotated[
-        Literal["fp32", "int8", "fp16", "int8_fp16"],
+        targets.Precision,
         "For latency_ratio: what the model will be deployed as; FP16 on GPUs only.",
     ] = "fp32"
     latency_table: Annotated[
@@ -153,6 +154,10 @@ class Prune(Pass):
             self.importance not in _OF_WEIGHTS or self.steps > 1 or self.sensitivity or self.drop_blocks,
         )
         object.__setattr__(self, "timing_decides", self.latency_ratio is not None)
+
+    def check_target(self, target: str) -> None:
+        """Refuse precisions that nobody deploys there."""
+        targets.check_half(self.latency_precision, target, "prune.latency_precision")
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Prune ``source``; widths, MACs and what was left alone are recorded under "pruning".
