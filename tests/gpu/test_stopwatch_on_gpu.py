@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def test_engines_are_raced_and_built_once(
     assert built == ["one", "many"]
     watch.layer_ms(one, batch_size=2, threads=1)
     assert built == ["one", "many", "one"]
+    folder = next(iter(watch.engines._made.values())).path.parent.parent
+    assert folder.is_dir()
+    del watch
+    gc.collect()
+    assert not folder.exists(), "engines are gone with who built them"
 
 
 def test_the_oldest_engines_go_where_they_are_too_many(
