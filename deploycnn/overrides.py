@@ -10,7 +10,7 @@ from deploycnn import schema
 from deploycnn.errors import RecipeError, nearest
 
 #: Keys whose values are files: on the command line they are relative to the working directory.
-FILE_KEYS = ("root", "weights", "path", "checkpoint", "onnx", "teacher_folder")
+FILE_KEYS = ("root", "weights", "path", "checkpoint", "onnx", "teacher_folder", "latency_table")
 
 
 def apply(
@@ -38,7 +38,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
     path, separator, text = setting.partition("=")
     if not separator or not path:
         raise RecipeError(
-            f'--set {setting}: expected key=value, for example "variants.int8.1.int8.calibrator=minmax"'
+            f'--set {setting}: expected key=value, for example "variants.int8.2.int8.calibrator=mse"'
         )
     value = schema.load_yaml(text, f"--set {path}")
     if isinstance(value, str) and path.rpartition(".")[2] in FILE_KEYS and Path(value).exists():

@@ -37,13 +37,17 @@ _FLOAT = re.compile(
     re.VERBOSE,
 )
 
+#: YAML 1.1 reads ``2:4`` as 124; people mean the sparsity.
+_INT = re.compile(r"^(?:[-+]?0b[0-1_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?0[0-7_]*|[-+]?[1-9][0-9_]*)$")
+_NUMBERS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+
 
 @functools.cache
 def _loader() -> type[Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Safe YAML with numbers such as 1e-3 and without duplicate keys."""
+        """Safe YAML with numbers such as 1e-3, without numbers to base 60 (``2:4``) and without duplicate keys."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()
@@ -55,7 +59,12 @@ def _loader() -> type[Any]:
                 seen.add(key if isinstance(key, str) else None)
             return super().construct_mapping(node, deep=deep)
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(_NUMBERS[0], _FLOAT, list("-+0123456789."))
+    Loader.add_implicit_resolver(_NUMBERS[1], _INT, list("-+0123456789"))
     return Loader
 
 

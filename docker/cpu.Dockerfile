@@ -1,6 +1,6 @@
 # onnxruntime, OpenVINO and PyTorch on the CPU.
 #   docker build -f docker/cpu.Dockerfile -t deploycnn:cpu .
-#   docker run --rm -v "$PWD:/work" deploycnn:cpu compress digits-resnet20
+#   docker run --rm --user "$(id -u)" -e HOME=/tmp -v "$PWD:/work" deploycnn:cpu compress digits-resnet20
 ARG PYTHON_TAG=3.12.8-slim-bookworm
 
 FROM python:${PYTHON_TAG} AS build

@@ -1,6 +1,6 @@
 # TensorRT, onnxruntime-gpu, PyCUDA and PyTorch for NVIDIA GPUs; needs driver 580 or newer on the host.
 #   docker build -f docker/gpu.Dockerfile -t deploycnn:gpu .
-#   docker run --rm --gpus all -v "$PWD:/work" deploycnn:gpu doctor
+#   docker run --rm --gpus all --user "$(id -u)" -e HOME=/tmp -v "$PWD:/work" deploycnn:gpu doctor
 ARG CUDA_TAG=13.0.2
 ARG UBUNTU_TAG=ubuntu24.04
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from deploycnn import overrides
@@ -23,3 +26,14 @@ def test_weights_take_the_place_of_the_sources(source: dict[str, str], key: str)
     raw = {"source": dict(source), "variants": {"a": []}}
     overrides.apply(raw, [], data=None, weights="/w.pt")
     assert raw["source"] == {**source, key: "/w.pt"}
+
+
+@pytest.mark.parametrize("key", ["weights", "latency_table"])
+def test_files_on_the_command_line_are_relative_to_the_working_directory(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    raw: dict[str, Any] = {"variants": {"v": [{"p": {}}]}}
+    overrides.apply_setting(raw, f"variants.v.0.p.{key}=file.json")
+    assert raw["variants"]["v"][0]["p"][key] == str(tmp_path / "file.json")

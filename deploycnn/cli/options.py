@@ -33,7 +33,7 @@ def recipe_options(function: F) -> F:
             "overrides",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Change one value, e.g. variants.int8.1.int8.calibrator=minmax; may be repeated.",
+            help="Change one value, e.g. variants.int8.2.int8.calibrator=mse; may be repeated.",
         ),
         click.option("--weights", type=_PATH, help="Checkpoint to use instead of the source's weights."),
         click.option(

@@ -85,7 +85,7 @@ class Int8(Pass):
     per_channel: Annotated[bool, "One weight scale per output channel instead of one per layer."] = True
     activations: Annotated[
         Literal["auto", "uint8", "int8"],
-        "Type of activations; auto: uint8 on CPUs, symmetric int8 elsewhere.",
+        "Type of activations; auto: uint8 on x86, asymmetric int8 on other CPUs, symmetric int8 on GPUs.",
     ] = "auto"
     reduce_range: Annotated[
         bool | None,

@@ -24,7 +24,7 @@ _PARITY_IMAGES = 512
 class Qat(QatSettings, Pass):
     """Quantization-aware training of exactly the graph that is deployed, taught by the float graph it came from.
 
-    Put it behind ``int8``. Weights, and where asked for scales, change; nodes do not. LSQ: Esser et al.
+    Put it behind ``int8``. Weights and scales (unless `learn_scales: false`) change; nodes do not. LSQ: Esser et al.
     2020. The teacher's term is that of ``distill``.
     """
 

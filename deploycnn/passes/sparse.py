@@ -30,8 +30,8 @@ _NO_GAIN = (
 class Sparse(Pass):
     """Set the smallest weights to zero, anywhere or two of each four input channels (2:4, for sparse tensor cores).
 
-    `train`, `distill` and `sparsify` that follow keep the zeros. Only 2:4 can make a model faster, on NVIDIA GPUs since
-    Ampere and with `build_engine: {sparse_weights: true}`; the report says which layers can profit.
+    `train`, `distill`, `sparsify` and `qat` that follow keep the zeros. Only 2:4 can make a model faster, on NVIDIA
+    GPUs since Ampere and with `build_engine: {sparse_weights: true}`; the report says which layers can profit.
     """
 
     consumes: ClassVar[Format] = "torch"

@@ -1,4 +1,4 @@
-"""What quantization-aware training can be told, in the pass ``qat`` and as the last rung of ``int8: auto``.
+"""What quantization-aware training can be told, in the pass ``qat`` and as a rung of ``int8: auto``.
 
 Loads no torch.
 """

@@ -21,9 +21,9 @@ DEFAULT_CLASSES = 10
 class Zoo(Source):
     """One of the project's own small-image models.
 
-    lenet5, resnet20, resnet32, resnet44, resnet56, resnet110 (each also with a trailing b: projection
-    shortcuts), vgg16_bn, mobilenet_v2, mobilenet_v2_x0_5, mobilenet_v2_x0_5_s16,
-    efficientnet.
+    lenet5; resnet20, resnet32, resnet44, resnet56, resnet110 (each also with a trailing b: projection shortcuts);
+    resnet8x2, resnet14x2, resnet20x2 (twice as wide); vgg16_bn; mobilenet_v2, mobilenet_v2_x0_5,
+    mobilenet_v2_x0_5_s16; efficientnet.
     """
 
     main: ClassVar[str] = "name"

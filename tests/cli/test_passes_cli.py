@@ -8,7 +8,12 @@ from click.testing import CliRunner
 from deploycnn import registry
 from deploycnn.cli import inspect, passes
 
-NAMES = [name for kind in registry.KINDS for name in registry.names(kind)]
+NAMES = [
+    *(name for kind in registry.KINDS for name in registry.names(kind)),
+    "profile",
+    "preprocessing",
+    "augment",
+]
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in NAMES)])
