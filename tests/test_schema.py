@@ -76,7 +76,15 @@ def test_bad_values_name_place_value_and_mend(options: object, expected: str) ->
 def test_yaml_reads_exponents_as_numbers() -> None:
     assert schema.load_yaml("[1e-3, 5e4, 1.5, -2E+3, 7, .5]", "x") == [1e-3, 5e4, 1.5, -2e3, 7, 0.5]
     # As YAML 1.2 reads them: no number to base 60, whatever digits it has.
-    assert schema.load_yaml("[2:4, 1:30.5, -7, 0x1F, 1_000, 0, +3]", "x") == ["2:4", "1:30.5", -7, 31, 1000, 0, 3]
+    assert schema.load_yaml("[2:4, 1:30.5, -7, 0x1F, 1_000, 0, +3]", "x") == [
+        "2:4",
+        "1:30.5",
+        -7,
+        31,
+        1000,
+        0,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(

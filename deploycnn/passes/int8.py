@@ -109,13 +109,14 @@ class Int8(Pass):
     ] = False
     adaround: Annotated[
         bool | None,
-        "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes. null: 4-bit weights, and auto "
-        "where it must.",
+        "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes. null: with 4-bit weights. "
+        "With auto it is a rung that may be needed, unless false.",
     ] = None
     qat_epochs: Annotated[
         int,
         Ge(0),
-        "For auto: epochs of quantization-aware training, tried before more than a few layers stay float; 0: none.",
+        "For auto: epochs of quantization-aware training, tried before more than a few layers stay float; "
+        "0: no training and no such limit.",
     ] = _QAT_EPOCHS
     do_no_harm: Annotated[
         bool,
