@@ -35,6 +35,18 @@ class Drifting:
         }
 
 
+def bench_of(stopwatch: Drifting, precision: str, target: str) -> Bench:
+    return Bench(
+        model=CifarResNet(8),
+        images=torch.zeros(2, 3, 32, 32),
+        stopwatch=stopwatch,
+        precision=precision,
+        batch_size=1,
+        threads=1,
+        target=target,
+    )
+
+
 def test_what_is_too_large_for_one_race_is_raced_in_several_with_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,15 +56,7 @@ def test_what_is_too_large_for_one_race_is_raced_in_several_with_the_first(
         path.write_bytes(bytes(sizes[name]))
     monkeypatch.setattr("deploycnn.latency.measure.RACE_BYTES", 80)
     stopwatch = Drifting()
-    bench = Bench(
-        model=CifarResNet(8),
-        images=torch.zeros(2, 3, 32, 32),
-        stopwatch=stopwatch,
-        precision="fp32",
-        batch_size=1,
-        threads=1,
-        target="onnxruntime-cpu",
-    )
+    bench = bench_of(stopwatch, "fp32", "onnxruntime-cpu")
     found = bench.race(paths)
     assert [names[: -(FIRST_RUNS - 1)] for names in stopwatch.raced] == [
         ["dense", "a", "b"],
@@ -68,15 +72,7 @@ def test_on_a_gpu_few_are_raced_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     for path in paths.values():
         path.write_bytes(b"x")
     stopwatch = Drifting()
-    bench = Bench(
-        model=CifarResNet(8),
-        images=torch.zeros(2, 3, 32, 32),
-        stopwatch=stopwatch,
-        precision="fp16",
-        batch_size=1,
-        threads=1,
-        target="tensorrt",
-    )
+    bench = bench_of(stopwatch, "fp16", "tensorrt")
     bench.race(paths)
     assert [names[: -(FIRST_RUNS - 1)] for names in stopwatch.raced] == [["dense", "a", "b"], ["dense", "c"]]
 
