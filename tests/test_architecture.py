@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import deploycnn
+from deploycnn import registry
 
 PACKAGE = Path(deploycnn.__file__).parent
 LIBRARIES = {
@@ -85,7 +86,9 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
 
 @pytest.mark.parametrize("room", ["passes", "sources", "runtimes"])
 def test_components_do_not_know_one_another(room: str) -> None:
-    helpers = {"base", "common"}
+    helpers = {"base", "common", "onnxruntime_sessions"}
+    kind = {"passes": "pass", "sources": "source", "runtimes": "runtime"}[room]
+    assert not helpers & set(registry.names(kind)), "a helper is no component"
     for path in sorted((PACKAGE / room).glob("*.py")):
         text = path.read_text()
         for other in (PACKAGE / room).glob("*.py"):

@@ -98,6 +98,9 @@ def _out_of_place(model: nn.Module, example: torch.Tensor) -> Iterator[None]:
     MobileNet. Where something else reads the tensor that an activation changes, they stay as they are.
     """
     changed: list[Any] = [module for module in model.modules() if vars(module).get("inplace") is True]
+    if not changed:
+        yield
+        return
     # Large values too: an activation that leaves the example as it is would change nothing for who else reads it.
     examples = (example, 100 * example)
     try:

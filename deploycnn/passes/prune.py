@@ -175,8 +175,6 @@ class Prune(Pass):
         from deploycnn.pruning.charts import width_table
         from deploycnn.pruning.control_flow import check_control_flow
         from deploycnn.pruning.criteria import criterion
-        from deploycnn.pruning.pruner import prune
-        from deploycnn.pruning.schedule import prune_in_steps
         from deploycnn.pruning.structure import check_modules
         from deploycnn.pruning.verification import check_exported, check_stored
         from deploycnn.training.determinism import deterministic
@@ -195,25 +193,7 @@ class Prune(Pass):
                 check_control_flow(model, images, "prune")
             goal = self._goal(model, images, ctx)
             tables = [_sensitivity(model, images, wanted, self.protect, ctx)] if self.sensitivity else []
-            if self.tune is None:
-                record = prune(model, images, wanted, goal, seed=ctx.seed)
-            else:
-
-                def tune(cut: torch.nn.Module, step: int) -> Json:
-                    # Before minutes of training are spent on it.
-                    check_exported(cut, images, source.path, threads=ctx.threads, log=ctx.log)
-                    return _tune(cut, step, self.tune, ctx)
-
-                model, record = prune_in_steps(
-                    model,
-                    images,
-                    wanted,
-                    goal,
-                    steps=self.steps,
-                    tune=tune,
-                    scratch=ctx.scratch,
-                    seed=ctx.seed,
-                )
+            model, record = self._cut(model, images, wanted, goal, source, ctx)
             save_model(model, ctx.output)
             check_stored(model, images, ctx.output)
             ctx.progress(0, 1, "comparing with the ONNX graph")
@@ -240,6 +220,32 @@ class Prune(Pass):
             },
         )
         return Draft(format="torch", inputs=source.inputs, outputs=source.outputs, facts=facts)
+
+    def _cut(
+        self,
+        model: torch.nn.Module,
+        images: torch.Tensor,
+        wanted: Criterion,
+        goal: Goal,
+        source: Artifact,
+        ctx: Context,
+    ) -> tuple[torch.nn.Module, dict[str, Json]]:
+        """The pruned model and its record, in one cut or in several with training between them."""
+        from deploycnn.pruning.pruner import prune
+        from deploycnn.pruning.schedule import prune_in_steps
+        from deploycnn.pruning.verification import check_exported
+
+        if self.tune is None:
+            return model, prune(model, images, wanted, goal, seed=ctx.seed)
+
+        def tune(cut: torch.nn.Module, step: int) -> Json:
+            # Before minutes of training are spent on it.
+            check_exported(cut, images, source.path, threads=ctx.threads, log=ctx.log)
+            return _tune(cut, step, self.tune, ctx)
+
+        return prune_in_steps(
+            model, images, wanted, goal, steps=self.steps, tune=tune, scratch=ctx.scratch, seed=ctx.seed
+        )
 
     def _goal(self, model: torch.nn.Module, images: torch.Tensor, ctx: Context) -> Goal:
         from deploycnn.pruning.pruner import Goal

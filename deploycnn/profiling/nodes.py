@@ -45,7 +45,7 @@ def onnxruntime_node_ms(
     """
     import onnx
 
-    from deploycnn.runtimes.onnxruntime import node_events
+    from deploycnn.runtimes.onnxruntime_sessions import node_events
 
     makers = _makers(onnx.load(str(model), load_external_data=False).graph)
     return node_medians(

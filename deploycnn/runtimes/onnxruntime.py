@@ -15,8 +15,6 @@ not what anyone deploys. Two sessions that spin at once disturb each other, so t
 from __future__ import annotations
 
 import functools
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +27,21 @@ from deploycnn.gpu import ort as gpu_ort
 from deploycnn.graph.onnxruntime_errors import onnxruntime_errors
 from deploycnn.runtimes.base import Availability, Executed, Runtime, Session
 from deploycnn.runtimes.common import (
-    COMPUTE_OPS,
-    GraphFacts,
-    check_batch,
     check_file,
     check_images,
     check_request,
-    graph_facts,
-    graph_precision,
     precision_label,
     tiny_onnx,
     unavailable,
+)
+from deploycnn.runtimes.onnxruntime_sessions import (
+    PROVIDERS,
+    check_assignment,
+    check_input,
+    create_session,
+    executed_precision,
+    facts_of,
+    version,
 )
 
 if TYPE_CHECKING:
@@ -50,10 +52,8 @@ if TYPE_CHECKING:
 
     from deploycnn.core import Artifact, Format
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", **gpu_ort.PROVIDERS}
 #: Runs before a provider has captured its graph: the CUDA provider counts some for its allocators to settle.
 _GRAPH_WARMUP = 3
-_RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +87,10 @@ class OnnxRuntime(Runtime):
             if self.mode != "cpu":
                 gpu_ort.require_provider(ort, self.mode)
             request = gpu_ort.Request(mode=self.mode)
-            _check_assignment(_create(ort, tiny_onnx(), request, threads=1), self.mode, "a test graph")
+            check_assignment(create_session(ort, tiny_onnx(), request, threads=1), self.mode, "a test graph")
         except (RuntimeUnavailable, ArtifactError) as error:
-            return unavailable(error, _version(), gpu_ort.MEND.get(self.mode, 'pip install "deploycnn[cpu]"'))
-        return Availability(ok=True, version=_version())
+            return unavailable(error, version(), gpu_ort.MEND.get(self.mode, 'pip install "deploycnn[cpu]"'))
+        return Availability(ok=True, version=version())
 
     def open(self, artifact: Artifact, *, batch_size: int, threads: int) -> Session:
         """Load an ONNX file.
@@ -104,14 +104,14 @@ class OnnxRuntime(Runtime):
         ort = optional.require("onnxruntime")
         if self.mode != "cpu":
             return self._open_on_gpu(ort, path, batch_size, threads)
-        session = _create(ort, path, gpu_ort.Request(mode=self.mode), threads)
-        _check_input(session, path, batch_size)
+        session = create_session(ort, path, gpu_ort.Request(mode=self.mode), threads)
+        check_input(session, path, batch_size)
         return _OrtSession(ort, session, path, self.mode)
 
     def _open_on_gpu(self, ort: ModuleType, path: Path, batch_size: int, threads: int) -> Session:
         gpu_ort.require_provider(ort, self.mode)
         lane = gpu_ort.OrtLane(ort, gpu.open_device(), path)
-        facts = _facts(path)
+        facts = facts_of(path)
         request = gpu_ort.Request(
             mode=self.mode,
             options=self.options,
@@ -120,9 +120,9 @@ class OnnxRuntime(Runtime):
             float16=facts.half,
             int8=facts.quantized,
         )
-        session = _create(ort, path, request, threads)
-        _check_assignment(session, self.mode, str(path))
-        _check_input(session, path, batch_size)
+        session = create_session(ort, path, request, threads)
+        check_assignment(session, self.mode, str(path))
+        check_input(session, path, batch_size)
         lane.take(session)
         return _GpuSession(ort, session, path, lane, request)
 
@@ -142,7 +142,7 @@ class _OrtSession(Session):
         stat = self._path.stat()
         return Executed(
             provider=self._session.get_providers()[0],
-            precision=_executed_precision(self._path, stat.st_size, stat.st_mtime_ns, self._mode),
+            precision=executed_precision(self._path, stat.st_size, stat.st_mtime_ns, self._mode),
             threads=self._session.get_session_options().intra_op_num_threads,
         )
 
@@ -155,7 +155,7 @@ class _OrtSession(Session):
         import numpy as np
 
         images = check_images(self._path, self._input.shape, images_NCHW)
-        with onnxruntime_errors(self._path, _version()):
+        with onnxruntime_errors(self._path, version()):
             outputs = self._session.run(self._outputs, {self._input.name: images})
         return [np.asarray(output, dtype=np.float32) for output in outputs]
 
@@ -165,7 +165,7 @@ class _OrtSession(Session):
         value = self._ort.OrtValue.ortvalue_from_numpy(images)
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(self._input.name, value)
-        with onnxruntime_errors(self._path, _version()):
+        with onnxruntime_errors(self._path, version()):
             outputs = self._session.run(self._outputs, {self._input.name: images})
         buffers = [self._ort.OrtValue.ortvalue_from_numpy(output) for output in outputs]
         for name, buffer in zip(self._outputs, buffers, strict=True):
@@ -194,13 +194,13 @@ class _GpuSession(_OrtSession):
         """As the graph holds it, once every product was seen to be the provider's; TensorRT may round to TF32."""
         if self._mode == "cuda":
             stat = self._path.stat()
-            precision = _executed_precision(self._path, stat.st_size, stat.st_mtime_ns, "cuda")
+            precision = executed_precision(self._path, stat.st_size, stat.st_mtime_ns, "cuda")
         else:
-            facts = _facts(self._path)
+            facts = facts_of(self._path)
             rest = "f16" if facts.half else "tf32"
             precision = precision_label(["int8" if facts.quantized else rest], [rest])
         return Executed(
-            provider=_PROVIDERS[self._mode],
+            provider=PROVIDERS[self._mode],
             precision=precision,
             threads=self._session.get_session_options().intra_op_num_threads,
             device="cuda",
@@ -221,14 +221,14 @@ class _GpuSession(_OrtSession):
             RuntimeUnavailable: there is not enough device memory for them.
         """
         images = self._prepared(images_NCHW)
-        with onnxruntime_errors(self._path, _version()):
+        with onnxruntime_errors(self._path, version()):
             return self._lane.run(images)
 
     def bind(self, images_NCHW: npt.NDArray[np.float32]) -> Callable[[], float | None]:
         """A call that returns the milliseconds of one batch by CUDA events. A session binds one batch at a time."""
         images = self._prepared(images_NCHW)
         lane = self._lane
-        with onnxruntime_errors(self._path, _version()):
+        with onnxruntime_errors(self._path, version()):
             for _ in range(_GRAPH_WARMUP if "graph" in self._options else 1):
                 lane.run(images)
         clock = gpu.StreamClock(gpu.open_device(), lane.stream, self._options)
@@ -239,139 +239,3 @@ class _GpuSession(_OrtSession):
         """Free the session, its bindings and its buffers."""
         super().close()
         self._lane.close()
-
-
-def node_events(
-    path: Path, images_NCHW: npt.NDArray[np.float32], *, mode: str, threads: int, runs: int
-) -> list[dict[str, Any]]:
-    """The events of onnxruntime's profiler for so many runs (onnxruntime.ai, "Profiling tools").
-
-    Raises:
-        RuntimeUnavailable: not installed, or the provider does not load or does not take the graph.
-        ArtifactError: the file cannot be loaded, or an operator fails on the images.
-    """
-    ort = optional.require("onnxruntime")
-    if mode != "cpu":
-        gpu_ort.require_provider(ort, mode)
-    with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
-        request = gpu_ort.Request(mode=mode)
-        session = _create(ort, path, request, threads, profile=Path(folder) / "profile")
-        _check_assignment(session, mode, str(path))
-        _check_input(session, path, len(images_NCHW))
-        feed = {session.get_inputs()[0].name: images_NCHW}
-        with onnxruntime_errors(path, _version()):
-            for _ in range(runs):
-                session.run(None, feed)
-        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return events
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    for name in ("onnxruntime-gpu", "onnxruntime"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def _check_input(session: Any, path: Path, batch_size: int) -> None:
-    inputs = session.get_inputs()
-    if len(inputs) != 1:
-        names = ", ".join(item.name for item in inputs)
-        raise ArtifactError(
-            f"{path}: {len(inputs)} inputs ({names}); models with one image input are supported"
-        )
-    if inputs[0].type != "tensor(float)":
-        raise ArtifactError(f'{path}: input "{inputs[0].name}" is {inputs[0].type}, expected tensor(float)')
-    check_batch(path, inputs[0].shape[0], batch_size)
-
-
-def _create(
-    ort: ModuleType,
-    model: Path | bytes,
-    request: gpu_ort.Request,
-    threads: int,
-    optimized: Path | None = None,
-    profile: Path | None = None,
-) -> Any:
-    mode = request.mode
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 4  # what matters is raised; warnings of sessions side by side would flood
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    providers: list[Any] | None = ["CPUExecutionProvider"]
-    if mode != "cpu":
-        options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
-        providers = gpu_ort.attach(ort, options, request)
-    where = "a test graph" if isinstance(model, bytes) else str(model)
-    with onnxruntime_errors(where, _version()):
-        # enable_fallback would print a notice and serve another provider's results
-        session = ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=providers, enable_fallback=0
-        )
-    if _PROVIDERS[mode] not in session.get_providers():
-        raise RuntimeUnavailable(
-            f"onnxruntime:{mode}: {_PROVIDERS[mode]} is listed but did not load (got "
-            f"{', '.join(session.get_providers())}); a driver, CUDA or cuDNN library is missing or too old: "
-            f"{gpu_ort.MEND[mode]}"
-        )
-    return session
-
-
-def _check_assignment(session: Any, mode: str, where: str) -> None:
-    """Check that a GPU session left no convolution or matrix product to the CPU.
-
-    Shape arithmetic may stay there. ONNX Runtime before 1.24 cannot tell; its list of providers must do.
-    """
-    if mode == "cpu" or not hasattr(session, "get_provider_graph_assignment_info"):
-        return
-    strays = sorted(
-        {
-            f"{node.op_type} {node.name}".strip()
-            for part in session.get_provider_graph_assignment_info()
-            if part.ep_name != _PROVIDERS[mode]
-            for node in part.get_nodes()
-            if node.op_type in COMPUTE_OPS
-        }
-    )
-    if strays:
-        shown = ", ".join(strays[:3]) + (f" and {len(strays) - 3} more" if len(strays) > 3 else "")
-        raise RuntimeUnavailable(
-            f"onnxruntime:{mode}: {where}: {_PROVIDERS[mode]} does not take {shown}; they would run on the "
-            "CPU, and the timing would be of a mixture"
-        )
-
-
-@functools.lru_cache(maxsize=256)
-def _executed_precision(path: Path, size: int, mtime_ns: int, mode: str) -> str:
-    """The precision that convolutions and matrix products run in, read from the graph *after* optimization.
-
-    Only that graph tells: Q/DQ pairs that could not be fused leave float convolutions behind, and FP16
-    weights on a CPU without FP16 kernels are cast back. It costs a second session, once per file and only
-    where the file holds Q/DQ nodes or another float type than FP32.
-    """
-    import onnx
-
-    facts = graph_facts(path, size, mtime_ns)
-    if not (facts.half or facts.quantized):
-        return "f32"
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "optimized.onnx"
-        request = gpu_ort.Request(mode=mode)
-        _create(optional.require("onnxruntime"), path, request, threads=1, optimized=target)
-        return graph_precision(onnx.load(str(target), load_external_data=False))
-
-
-def _facts(path: Path) -> GraphFacts:
-    stat = path.stat()
-    return graph_facts(path, stat.st_size, stat.st_mtime_ns)

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto
 
 from deploycnn.errors import ArtifactError, RuntimeUnavailable, one_line
-from deploycnn.runtimes import onnxruntime as ours
 from deploycnn.runtimes import openvino as ours_openvino
 from deploycnn.runtimes.base import create
 from deploycnn.runtimes.common import precision_label
+from deploycnn.runtimes.onnxruntime_sessions import check_assignment
 from tests.runtimes import graphs
 
 pytest.importorskip("onnxruntime")
@@ -264,12 +264,12 @@ def test_a_provider_that_is_listed_but_does_not_load_is_an_error(monkeypatch: py
 
 def test_a_convolution_left_to_the_cpu_is_an_error_and_shape_arithmetic_is_not() -> None:
     fine = session_with([CUDA, CPU], [(CUDA, "Conv"), (CPU, "Shape"), (CPU, "Gather")])
-    ours._check_assignment(fine, "cuda", "m.onnx")
+    check_assignment(fine, "cuda", "m.onnx")
     mixed = session_with([CUDA, CPU], [(CUDA, "Conv"), (CPU, "ConvInteger")])
     with pytest.raises(RuntimeUnavailable, match="does not take ConvInteger node"):
-        ours._check_assignment(mixed, "cuda", "m.onnx")
+        check_assignment(mixed, "cuda", "m.onnx")
     old = SimpleNamespace(get_providers=lambda: [CUDA, CPU])
-    ours._check_assignment(old, "cuda", "m.onnx")
+    check_assignment(old, "cuda", "m.onnx")
 
 
 def test_available_runtimes_say_their_version() -> None:
