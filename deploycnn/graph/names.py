@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence, Set
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
-from deploycnn.graph.model import opset_of, subgraphs
+from deploycnn.graph.model import initializers, opset_of, producers, subgraphs
 
 #: Where the dynamo exporter notes the module path of a node, as the repr of a list of strings.
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -22,6 +22,16 @@ def unique(name: str, taken: Set[str]) -> str:
     while f"{name}_{number}" in taken:
         number += 1
     return f"{name}_{number}"
+
+
+def names_taken(graph: GraphProto) -> set[str]:
+    """Names of all values and nodes of a graph."""
+    return (
+        set(initializers(graph))
+        | set(producers(graph))
+        | {value.name for value in graph.input}
+        | {node.name for node in graph.node}
+    )
 
 
 def name_nodes(model: ModelProto) -> None:

@@ -46,7 +46,7 @@ class Distill(TeachingSettings, TrainingSettings, Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     needs_data: ClassVar[bool] = True
     # Half of what training from scratch takes: the student comes with weights worth keeping.
     default_lr: ClassVar[Mapping[Optimizer, float]] = {"sgd": 0.05, "adamw": 5e-4}

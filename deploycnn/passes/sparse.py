@@ -36,7 +36,7 @@ class Sparse(Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     main: ClassVar[str | None] = "pattern"
 
     pattern: Annotated[Literal["unstructured", "2:4"], "Zeros anywhere, or two of each four."]

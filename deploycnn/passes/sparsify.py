@@ -36,7 +36,7 @@ class Sparsify(TrainingSettings, Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     needs_data: ClassVar[bool] = True
     default_lr: ClassVar[Mapping[Optimizer, float]] = {"sgd": 0.02, "adamw": 2e-4}
 

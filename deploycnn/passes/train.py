@@ -19,7 +19,7 @@ class Train(TrainingSettings, Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs_data: ClassVar[bool] = True
 
     skip_trained: Annotated[

@@ -91,6 +91,9 @@ class RulePack:
     note: str = ""
 
 
+#: Rewrites for kernels that only x86 has.
+X86_REWRITES = frozenset({"align_first_layers"})
+
 _CPU = RulePack(
     target="cpu",
     style="units",
@@ -102,7 +105,7 @@ _CPU = RulePack(
     constant_operands="scalar",
     tie_concat=True,
     # Behind a convolution HardSwish and HardSigmoid are integer kernels; OpenVINO has its own way with them.
-    rewrites=("remove_shuffles", "clip_by_range", "tile_gates", "merge_groups"),
+    rewrites=("remove_shuffles", "clip_by_range", "tile_gates", "merge_groups", "align_first_layers"),
 )
 
 _TENSORRT = RulePack(
@@ -174,6 +177,7 @@ def get(target: str, isa: Isa | None = None) -> RulePack:
         pack,
         activation=NumberFormat(dtype="uint8" if isa.x86 else "int8"),
         weight=replace(pack.weight, reduced=isa.saturates),
+        rewrites=tuple(name for name in pack.rewrites if isa.x86 or name not in X86_REWRITES),
     )
 
 

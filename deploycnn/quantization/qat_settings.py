@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
@@ -38,6 +38,11 @@ class QatSettings(TeachingSettings, TrainingSettings):
         float | None, Ge(0), "Weight of the labels' cross-entropy; null: as in distill."
     ] = 0.0
     learn_scales: Annotated[bool, "Train the scales of activations and weights too (LSQ)."] = True
+
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        "Of the arithmetic while training. Between its roundings the deployed graph computes in fp32.",
+    ] = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()

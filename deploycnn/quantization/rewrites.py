@@ -36,7 +36,8 @@ from deploycnn.graph.model import (
     shape_of,
     value_types,
 )
-from deploycnn.graph.names import unique
+from deploycnn.graph.names import names_taken, unique
+from deploycnn.quantization.first_layers import align_first_layers
 from deploycnn.quantization.shuffle import remove_shuffles
 
 #: HardSwish(x) = x * max(0, min(1, x / 6 + 1 / 2)).
@@ -87,7 +88,7 @@ def tile_gates(model: ModelProto) -> int:
     """
     graph = model.graph
     types = value_types(model)
-    taken = _names(graph)
+    taken = names_taken(graph)
     changed = 0
     for node in list(graph.node):
         if node.op_type != "Mul":
@@ -128,7 +129,7 @@ def _rewrite_hardsigmoid(model: ModelProto, node: NodeProto, alpha: float, beta:
     source = _scalable(model.graph, node.input[0], {node.name})
     if source is None:
         return False
-    taken = _names(model.graph)
+    taken = names_taken(model.graph)
     _scale_and_shift(model.graph, source, alpha, beta, taken)
     bounds = _constants(model.graph, node.name, {"low": 0.0, "high": 1.0}, taken)
     node.CopyFrom(helper.make_node("Clip", [node.input[0], *bounds], [node.output[0]], name=node.name))
@@ -143,7 +144,7 @@ def _rewrite_hardswish(
     if source is None or alpha <= 0.0:
         return False
     graph = model.graph
-    taken = _names(graph)
+    taken = names_taken(graph)
     root = math.sqrt(alpha)
     _scale_and_shift(graph, source, root, 0.0, taken)
     values = {"offset": beta / root, "low": 0.0, "high": 1.0 / root}
@@ -238,15 +239,6 @@ def _outputs(graph: GraphProto) -> set[str]:
     return {value.name for value in graph.output}
 
 
-def _names(graph: GraphProto) -> set[str]:
-    return (
-        set(initializers(graph))
-        | set(producers(graph))
-        | {value.name for value in graph.input}
-        | {node.name for node in graph.node}
-    )
-
-
 #: Input channels in a group from which on integer kernels run near their speed, and beyond which added zeros cost more
 #: than they save.
 MIN_GROUP_WIDTH, MAX_GROUP_WIDTH = 16, 64
@@ -260,7 +252,7 @@ def merge_groups(model: ModelProto) -> int:
     """
     graph = model.graph
     weights = initializers(graph)
-    taken = _names(graph)
+    taken = names_taken(graph)
     changed = 0
     for node in graph.node:
         groups = cast("int", attribute(node, "group", 1))
@@ -292,6 +284,7 @@ REWRITES: Mapping[str, Callable[[ModelProto], int]] = {
     "clip_by_range": clip_by_range,
     "tile_gates": tile_gates,
     "merge_groups": merge_groups,
+    "align_first_layers": align_first_layers,
 }
 
 

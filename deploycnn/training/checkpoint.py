@@ -21,7 +21,7 @@ from deploycnn.training.history import Epoch
 #: Name of the checkpoint in a pass's scratch folder.
 FILE = "checkpoint.pt"
 #: Bump when the contents change meaning: older checkpoints are then not continued.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(slots=True, kw_only=True)

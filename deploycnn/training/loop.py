@@ -8,7 +8,6 @@ minutes the clock decides how many steps there are; a continued run goes on with
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import time
@@ -21,7 +20,7 @@ from deploycnn.core import Context
 from deploycnn.data.base import Data
 from deploycnn.errors import TrainingError
 from deploycnn.tasks import classification
-from deploycnn.training import batchnorm, checkpoint, feed, schedules
+from deploycnn.training import batchnorm, checkpoint, feed, rehearsal, schedules
 from deploycnn.training.budget import Pace, Plan, steps_that_fit
 from deploycnn.training.checkpoint import Progress
 from deploycnn.training.determinism import deterministic, seed_everything
@@ -37,8 +36,6 @@ from deploycnn.training.view import View
 REPORT_INTERVAL_S = 0.5
 #: Steps between two looks at the loss on a GPU, where looking means waiting.
 GPU_CHECK_INTERVAL = 25
-#: Steps that are timed before a budget in minutes is planned, after some slow first ones; fewer where they take long.
-PROBE_STEPS, PROBE_WARMUP, PROBE_S = 20, 2, 10.0
 #: A budget in minutes is planned anew after each of so many equal parts of it.
 REPLAN_PARTS = 40
 
@@ -129,6 +126,7 @@ class _Training:
             layers = batchnorm.reestimate(self.model, feed.plain_batches(self.data, self.settings, self.ctx))
             self.ctx.log.info("re-estimated the statistics of %d batch-norm layers", layers)
             self.stepper.restart_average()
+        self.choose_precision()
         begun = clock()
         initial = self.validate()
         pace = Pace(pause_s=clock() - begun)
@@ -174,19 +172,19 @@ class _Training:
 
     def probe(self, pace: Pace) -> None:
         """Time some steps, then put everything back as it was."""
-        kept = copy.deepcopy(self.stepper.state())
         seed_everything(self.ctx.seed, 0)
-        self.model.train()
-        warmup = min(PROBE_WARMUP, self.steps_per_epoch - 1)
-        started = begun = clock()
-        for index, view in enumerate(self.views(1), start=1):
-            self.stepper.step(view, 0.0)[0].item()  # waits for a GPU
-            if index == warmup:
-                begun = clock()
-            elif index == warmup + PROBE_STEPS or (index > warmup and clock() - started > PROBE_S):
-                break
-        pace.add(index - warmup, clock() - begun)
-        self.stepper.restore(kept)
+        warmup = min(rehearsal.PACE_WARMUP, self.steps_per_epoch - 1)
+        pace.add(*rehearsal.pace(self.stepper, self.views(1), warmup, clock))
+
+    def choose_precision(self) -> None:
+        """What is fastest here, where that has to be timed and training is long enough for it to matter."""
+        if len(self.stepper.choices) == 1 or self.most_steps < rehearsal.WORTH_STEPS:
+            return
+        seed_everything(self.ctx.seed, 0)
+        chosen, seconds = rehearsal.fastest(self.stepper, self.views(1), self.identity, clock)
+        self.stepper.precision = chosen
+        told = ", ".join(f"{name} {taken:.3g} s" for name, taken in seconds.items())
+        self.ctx.log.info("training in %s: a step takes %s", chosen, told)
 
     def fitting(self, pace: Pace, spent_s: float, *, taken: int) -> int:
         """Steps that the minutes still hold."""

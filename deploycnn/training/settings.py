@@ -78,7 +78,8 @@ class TrainingSettings:
     ] = None
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        "Of the arithmetic while training; weights stay fp32. auto: bf16 or fp16 on a GPU, fp32 on a CPU.",
+        "Of the arithmetic while training; weights stay fp32. auto: bf16 or fp16 on a GPU; on a CPU fp32, or bf16 "
+        "where it has that and some steps, timed, are faster.",
     ] = "auto"
 
     def __post_init__(self) -> None:

@@ -17,7 +17,10 @@ from deploycnn.training.view import View
 
 
 class Stepper:
-    """A model with its loss, optimizer, loss scaling and averaged weights."""
+    """A model with its loss, optimizer, loss scaling and averaged weights.
+
+    ``precision`` is the first of ``choices``; it may be changed between steps.
+    """
 
     def __init__(self, model: nn.Module, settings: TrainingSettings, loss: Loss, device: str) -> None:
         """Begin with the present weights of ``model``, which is on ``device``.
@@ -26,7 +29,8 @@ class Stepper:
             RuntimeUnavailable: the device does not have the precision that was asked for.
         """
         self.model, self.settings, self.loss, self.device = model, settings, loss, device
-        self.precision = precision.resolve(settings.precision, device)
+        self.choices = precision.choices(settings.precision, device)
+        self.precision = self.choices[0]
         self.trained = loss.trained.to(device)
         self.optimizer = optimizers.build(
             nn.ModuleList([model, self.trained]),
@@ -87,6 +91,7 @@ class Stepper:
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "precision": self.precision,
             "ema": self.ema.to_state() if self.ema is not None else {},
         }
 
@@ -96,5 +101,6 @@ class Stepper:
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.precision = state["precision"]
         if self.ema is not None:
             self.ema.load(**state["ema"])

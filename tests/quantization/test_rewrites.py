@@ -61,7 +61,7 @@ def operators(model: ModelProto) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("name", ["clip_by_range", "tile_gates", "merge_groups", "all"])
+@pytest.mark.parametrize("name", ["clip_by_range", "tile_gates", "merge_groups", "align_first_layers", "all"])
 def test_the_function_stays_the_same(name: str) -> None:
     model = exported()
     expected = outputs(model, images(5))
@@ -91,6 +91,7 @@ def test_what_each_rewrite_leaves() -> None:
         "clip_by_range": 3,
         "tile_gates": 1,
         "merge_groups": 1,
+        "align_first_layers": 1,
     }
     after = operators(model)
     assert after["HardSwish"] == after["HardSigmoid"] == 0

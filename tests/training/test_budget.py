@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploycnn.training import loop
+from deploycnn.training import loop, precision
 from deploycnn.training.budget import Pace, Plan, steps_that_fit
 from deploycnn.training.evaluate import evaluate
 from deploycnn.training.history import History
@@ -42,6 +42,7 @@ class Clock:
         monkeypatch.setattr(Stepper, "step", timed_step)
         monkeypatch.setattr(loop, "evaluate", timed_evaluate)
         monkeypatch.setattr(loop, "clock", lambda: self.now)
+        monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
 
 
 def fit(folder: Path, options: TrainingSettings, **context: object) -> tuple[torch.nn.Module, History]:

@@ -328,22 +328,27 @@ def test_bf16_is_used_where_the_cpu_has_it(tmp_path: Path) -> None:
 def test_bf16_without_hardware_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     with pytest.raises(RuntimeUnavailable, match="no bf16 arithmetic"):
-        precision.resolve("bf16", "cpu")
+        precision.choices("bf16", "cpu")
 
 
-def test_fp16_on_a_cpu_is_refused_and_auto_is_fp32() -> None:
+@pytest.mark.parametrize(("native", "expected"), [(True, ("fp32", "bf16")), (False, ("fp32",))])
+def test_fp16_on_a_cpu_is_refused_and_auto_is_what_it_may_have(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: native)
     with pytest.raises(RuntimeUnavailable, match="fp16 needs a GPU"):
-        precision.resolve("fp16", "cpu")
-    assert precision.resolve("auto", "cpu") == "fp32"
+        precision.choices("fp16", "cpu")
+    assert precision.choices("auto", "cpu") == expected
+    assert precision.choices("fp32", "cpu") == ("fp32",)
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
 def test_auto_on_a_gpu_is_what_it_has(monkeypatch: pytest.MonkeyPatch, native: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
-    assert precision.resolve("auto", "cuda") == expected
+    assert precision.choices("auto", "cuda") == (expected,)
     if not native:
         with pytest.raises(RuntimeUnavailable, match="no bf16"):
-            precision.resolve("bf16", "cuda")
+            precision.choices("bf16", "cuda")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,169 @@
+"""First layers in the shape of onnxruntime's fast kernel compute what they computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from torch import nn
+
+from deploycnn.graph.export import export_onnx
+from deploycnn.graph.model import initializers, save_onnx
+from deploycnn.quantization import packs
+from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
+from deploycnn.quantization.first_layers import align_first_layers
+from deploycnn.quantization.fusion import count_fused
+from deploycnn.quantization.insertion import build
+from deploycnn.quantization.isa import Isa
+from deploycnn.quantization.placement import place
+from deploycnn.quantization.preparation import prepare
+
+
+def outputs(model: ModelProto, images: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
+
+
+def operators(model: ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+def images(model: ModelProto, count: int = 2) -> np.ndarray:
+    shape = [axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim]
+    return np.random.default_rng(0).standard_normal((count, *shape[1:])).astype(np.float32)
+
+
+def convolution(
+    size: tuple[int, int] = (16, 16), channels: int = 3, outputs: int = 16, **options: object
+) -> ModelProto:
+    torch.manual_seed(0)
+    module = nn.Conv2d(channels, outputs, **{"kernel_size": 3, **options})  # type: ignore[arg-type]
+    return prepare(export_onnx(module, (channels, *size), opset=18))
+
+
+def whole_numbers(
+    weight: np.ndarray, size: tuple[int, int], stride: int, pads: tuple[int, int, int, int]
+) -> ModelProto:
+    node = helper.make_node("Conv", ["images", "w"], ["y"], name="stem", strides=[stride, stride], pads=pads)
+    ends = [
+        helper.make_tensor_value_info("images", TensorProto.FLOAT, [None, weight.shape[1], *size]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4),
+    ]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+@given(
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.integers(1, 4),
+    pads=st.tuples(*[st.integers(0, 3)] * 4),
+    blocks=st.tuples(st.integers(2, 5), st.integers(2, 5)),
+    channels=st.sampled_from([1, 2, 3, 6]),
+)
+def test_it_computes_the_same_sums(
+    kernel: tuple[int, int],
+    stride: int,
+    pads: tuple[int, int, int, int],
+    blocks: tuple[int, int],
+    channels: int,
+) -> None:
+    size = (max(blocks[0] * stride, 8), max(blocks[1] * stride, 8))
+    weight = np.random.default_rng(1).integers(-9, 9, (8, channels, *kernel)).astype(np.float32)
+    model = whole_numbers(weight, size, stride, pads)
+    given_images = np.random.default_rng(0).integers(-9, 9, (2, channels, *size)).astype(np.float32)
+    expected = outputs(model, given_images)
+    align_first_layers(model)
+    # Whole numbers, so that no order of adding them matters.
+    np.testing.assert_array_equal(outputs(model, given_images), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "weight"),
+    [
+        ({"kernel_size": 7, "stride": 2, "padding": 3}, "SpaceToDepth", (16, 12, 4, 4)),  # ResNet
+        ({"kernel_size": 3, "stride": 2, "padding": 1}, "SpaceToDepth", (16, 12, 2, 2)),  # MobileNet
+        ({"kernel_size": 4, "stride": 4}, "SpaceToDepth", (16, 48, 1, 1)),  # ConvNeXt
+        ({"padding": 1}, "Pad", (16, 4, 3, 3)),  # VGG, CIFAR ResNets
+        ({"kernel_size": 3, "stride": 2, "size": (15, 15)}, "Pad", (16, 4, 3, 3)),  # no whole blocks
+        ({"kernel_size": 3, "stride": 2, "dilation": 2}, "Pad", (16, 4, 3, 3)),
+    ],
+)
+def test_which_layers_get_which_form(
+    options: dict[str, object], expected: str, weight: tuple[int, ...]
+) -> None:
+    model = convolution(**options)  # type: ignore[arg-type]
+    before = outputs(model, images(model))
+    assert align_first_layers(model) == 1
+    assert operators(model) == [expected, "Conv"]
+    assert tuple(initializers(model.graph)[model.graph.node[1].input[1]].dims) == weight
+    np.testing.assert_allclose(outputs(model, images(model)), before, rtol=1e-4, atol=1e-5)
+    assert align_first_layers(model) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"channels": 4},
+        {"outputs": 12},  # no multiple of 8
+        {"kernel_size": 7},  # a channel of zeros costs more than it saves
+        {"kernel_size": 11, "stride": 4, "padding": 2},  # AlexNet: 16 x 16 taps instead of 11 x 11
+        {"channels": 6, "outputs": 18, "groups": 2},
+    ],
+)
+def test_what_is_left_alone(options: dict[str, object]) -> None:
+    model = convolution(**options)  # type: ignore[arg-type]
+    before = model.SerializeToString()
+    assert align_first_layers(model) == 0
+    assert model.SerializeToString() == before
+
+
+def test_weights_that_others_read_stay() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.stem(images) + self.stem(torch.relu(images))
+
+    model = prepare(export_onnx(Twice(), (3, 8, 8), opset=18))
+    before = outputs(model, images(model))
+    assert align_first_layers(model) == 1
+    np.testing.assert_allclose(outputs(model, images(model)), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_rounding_behind_what_moves_the_image(tmp_path: Path, stride: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, stride=stride, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    pack = packs.get("cpu", Isa(name="avx512_vnni", saturates=False))
+    model = prepare(export_onnx(net, (3, 16, 16), opset=18), pack)
+    plan = place(model, pack, [])
+    ranges = choose_ranges(plan, calibrate(model, [images(model)], values=values_of(plan)))
+    path = tmp_path / "int8.onnx"
+    quantized = build(model, plan, ranges)
+    save_onnx(quantized, path)
+    # The image is moved, then rounded, once.
+    by_input = {node.input[0]: node for node in quantized.graph.node}
+    mover = by_input[quantized.graph.input[0].name]
+    assert mover.op_type == ("SpaceToDepth" if stride == 2 else "Pad")
+    assert by_input[mover.output[0]].op_type == "QuantizeLinear"
+    assert count_fused(path).by_operator["QLinearConv"] == 2
+    assert count_fused(path).by_operator["QuantizeLinear"] == 1
+
+
+def test_other_machines_kernels_take_images_as_they_are() -> None:
+    assert (
+        "align_first_layers"
+        in packs.get("onnxruntime-cpu", Isa(name="x86 without VNNI", saturates=True)).rewrites
+    )
+    assert (
+        "align_first_layers"
+        not in packs.get("onnxruntime-cpu", Isa(name="aarch64", saturates=False)).rewrites
+    )
