@@ -308,12 +308,14 @@ class Int8(Pass):
         isa = detect_isa()
         pack = packs.get(target, isa)
         reduced = pack.weight.reduced if self.reduce_range is None else self.reduce_range
-        activation = pack.activation
+        activation, signed = pack.activation, pack.signed
         if self.activations != "auto":
+            signed = None
             activation = NumberFormat(dtype=self.activations, symmetric=self.activations == "int8")
         pack = replace(
             pack,
             activation=activation,
+            signed=signed,
             weight=replace(pack.weight, reduced=reduced),
             per_channel=self.per_channel,
         )

@@ -101,17 +101,12 @@ def choose_ranges(
     for activation in plan.activations:
         if activation.fixed is None:
             groups.setdefault(activation.tied or activation.value, []).append(activation.value)
-    found = {
-        name: choose_range(
-            statistics.merged([calibration.values[member] for member in members])
-            if len(members) > 1
-            else calibration.values[members[0]],
-            calibrator,
-            percentile,
-            plan.activation,
-        )
-        for name, members in groups.items()
-    }
+    found = {}
+    for name, members in groups.items():
+        seen = [calibration.values[member] for member in members]
+        whole = statistics.merged(seen) if len(seen) > 1 else seen[0]
+        number = plan.number((whole.low, whole.high))
+        found[name] = choose_range(whole, calibrator, percentile, number)
     return {
         activation.value: activation.fixed
         if activation.fixed is not None

@@ -7,7 +7,7 @@ Names follow onnxruntime's quantizer, which other tools know: ``W_quantized``, `
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -82,8 +82,16 @@ def ranges_needed(plan: Plan) -> tuple[str, ...]:
     return tuple(item.value for item in plan.activations if item.fixed is None)
 
 
-def activation_parameters(model: ModelProto, plan: Plan, ranges: Ranges) -> dict[str, tuple[np.float32, int]]:
-    """Scale and zero point of each planned value.
+class Grid(NamedTuple):
+    """The integers of a value: ``real = (integer - zero_point) * scale``."""
+
+    scale: np.float32
+    zero_point: int
+    number: NumberFormat
+
+
+def activation_parameters(model: ModelProto, plan: Plan, ranges: Ranges) -> dict[str, Grid]:
+    """Scale, zero point and number format of each planned value.
 
     No range goes beyond what a value can be (behind a ReLU, a clip, a sigmoid); tied values share the hull of theirs.
 
@@ -99,10 +107,11 @@ def activation_parameters(model: ModelProto, plan: Plan, ranges: Ranges) -> dict
         group = item.tied or item.value
         held = hulls.get(group, (0.0, 0.0))
         hulls[group] = min(held[0], low), max(held[1], high)
-    return {
-        item.value: plan.activation.scale_and_zero_point(hulls[item.tied or item.value])
-        for item in plan.activations
-    }
+    grids = {}
+    for group, hull in hulls.items():
+        number = plan.number(hull)
+        grids[group] = Grid(*number.scale_and_zero_point(hull), number)
+    return {item.value: grids[item.tied or item.value] for item in plan.activations}
 
 
 def _bounds(item: ActivationPlan, ranges: Ranges) -> Range:
@@ -114,7 +123,7 @@ def _bounds(item: ActivationPlan, ranges: Ranges) -> Range:
     return bounds
 
 
-def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, tuple[np.float32, int]]) -> None:
+def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, Grid]) -> None:
     """Take out each ReLU and clip whose rounding does the same: its bounds are the ends of the integers."""
     graph = Structure(model)
     integer = set(plan.quantized_nodes)
@@ -130,7 +139,7 @@ def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, tuple[np
             or maker is None
             or maker.name not in integer
             or len(graph.read_by[source]) != 1
-            or not _clips_alike(bounds, parameters[target], plan.activation)
+            or not _clips_alike(bounds, parameters[target])
         ):
             continue
         maker.output[list(maker.output).index(source)] = target
@@ -138,18 +147,18 @@ def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, tuple[np
         graph.made_by[target] = maker
 
 
-def _clips_alike(bounds: Range, parameters: tuple[np.float32, int], number: NumberFormat) -> bool:
-    scale, zero_point = parameters
+def _clips_alike(bounds: Range, grid: Grid) -> bool:
+    scale, zero_point, number = grid
     low, high = (np.rint(np.float32(bound) / scale) + zero_point for bound in bounds)
-    return bool(low <= number.qmin and high >= number.qmax)
+    # QuantizeLinear knows no symmetric range: it saturates at the type's own ends.
+    least = number.qmin - (number.symmetric and number.qmin < 0)
+    return bool(low <= least and high >= number.qmax)
 
 
 class _Builder:
     """Adds Q/DQ to a graph in place."""
 
-    def __init__(
-        self, model: ModelProto, plan: Plan, parameters: Mapping[str, tuple[np.float32, int]]
-    ) -> None:
+    def __init__(self, model: ModelProto, plan: Plan, parameters: Mapping[str, Grid]) -> None:
         self._model = model
         self._plan = plan
         self._parameters = parameters
@@ -196,8 +205,8 @@ class _Builder:
 
     def _constant(self, item: ActivationPlan) -> str:
         """A constant operand in the format of activations, stored as integers."""
-        value, number = item.value, self._plan.activation
-        scale, zero_point = self._parameters[value]
+        value = item.value
+        scale, zero_point, number = self._parameters[value]
         real = numpy_helper.to_array(self._graph.constants[value]).astype(np.float64)
         integers = np.clip(np.rint(real / np.float64(scale)) + zero_point, number.qmin, number.qmax)
         held = self._store(f"{value}_quantized", integers.astype(_NUMPY[number.dtype]))
@@ -209,12 +218,10 @@ class _Builder:
         """Names of the scale and zero point of a value, which it shares with those that it is tied to."""
         group = item.tied or item.value
         if group not in self._scales:
-            scale, zero_point = self._parameters[item.value]
+            scale, zero_point, number = self._parameters[item.value]
             self._scales[group] = (
                 self._store(f"{group}_scale", np.asarray(scale)),
-                self._store(
-                    f"{group}_zero_point", np.asarray(zero_point, dtype=_NUMPY[self._plan.activation.dtype])
-                ),
+                self._store(f"{group}_zero_point", np.asarray(zero_point, dtype=_NUMPY[number.dtype])),
             )
         return self._scales[group]
 
@@ -261,7 +268,7 @@ class _Builder:
     def _input_scale(self, node: NodeProto) -> np.float32 | None:
         for item in self._plan.activations:
             if item.value == node.input[0] and (item.readers is None or node.name in item.readers):
-                return self._parameters[item.value][0]
+                return self._parameters[item.value].scale
         return None
 
     def _store_weight(self, weight: IntegerWeight, items: list[WeightPlan]) -> None:

@@ -69,9 +69,11 @@ def storage_findings(model: ModelProto, pack: RulePack, *, only_weights: bool) -
 
 def _activation(pair: Rounding, pack: RulePack) -> Iterator[Found]:
     yield from _scale(pair)
-    if pair.dtype != pack.activation.dtype:
+    formats = [number for number in (pack.activation, pack.signed) if number is not None]
+    number = next((number for number in formats if number.dtype == pair.dtype), None)
+    if number is None:
         yield "QDQ002", pair.node, f"{pair.dtype}; {pack.target} wants {pack.activation.dtype}"
-    elif pack.activation.symmetric and pair.zero_point is not None and pair.zero_point.any():
+    elif number.symmetric and pair.zero_point is not None and pair.zero_point.any():
         yield "QDQ003", pair.node, f"zero point {int(pair.zero_point.flat[0])}; {pack.target} wants 0"
     if pair.per_channel and pair.scale is not None:
         yield "QDQ004", pair.node, f"{pair.scale.size} scales along axis {pair.axis}"

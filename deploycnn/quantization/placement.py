@@ -43,6 +43,7 @@ def place(model: ModelProto, pack: RulePack, keep_float: Collection[str] = ()) -
     return Plan(
         target=pack.target,
         activation=pack.activation,
+        signed=pack.signed,
         activations=activations,
         weights=tuple(
             WeightPlan(

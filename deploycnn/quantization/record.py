@@ -66,9 +66,8 @@ class Record:
         if self.pack.style == "weights":
             return f"weights only, symmetric {bits} {granularity}, computed in float"
         form = "symmetric" if activation.symmetric else "asymmetric"
-        return (
-            f"QDQ, activations {form} {activation.dtype} per tensor, weights symmetric {bits} {granularity}"
-        )
+        signed = f" (signed ones symmetric {self.pack.signed.dtype})" if self.pack.signed is not None else ""
+        return f"QDQ, activations {form} {activation.dtype} per tensor{signed}, weights symmetric {bits} {granularity}"
 
     def to_json(self) -> Json:
         """The record kept with the artifact: ranges are summed up, the five widest named."""

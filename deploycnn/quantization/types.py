@@ -75,6 +75,12 @@ def _positive(scale: np.float32) -> np.float32:
     return np.float32(max(scale, np.finfo(np.float32).tiny))
 
 
+def is_balanced(bounds: Range) -> bool:
+    """Whether the ends are so alike that a symmetric format has steps at most a third wider than a free one."""
+    low, high = -bounds[0], bounds[1]
+    return min(low, high) > 0 and 2 * min(low, high) >= max(low, high)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationPlan:
     """One value that is rounded to integers on its way to some or all of its readers.
@@ -116,6 +122,7 @@ class Plan:
     Attributes:
         target: Name of the rule pack that it was made by.
         activation: Number format of activations.
+        signed: Another one for activations that are negative about as far as positive; ``None``: there is none.
         activations: In graph order, each value at most once.
         weights: In graph order.
         integer_bias: Whether biases become int32 (scale: input scale x weight scale), as CPU kernels want it.
@@ -125,11 +132,16 @@ class Plan:
 
     target: str
     activation: NumberFormat
+    signed: NumberFormat | None = None
     activations: tuple[ActivationPlan, ...]
     weights: tuple[WeightPlan, ...]
     integer_bias: bool
     quantized_nodes: tuple[str, ...]
     kept_float: Mapping[str, str]
+
+    def number(self, bounds: Range) -> NumberFormat:
+        """The number format of an activation with such a range."""
+        return self.activation if self.signed is None or not is_balanced(bounds) else self.signed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,13 +25,14 @@ from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
 from deploycnn.quantization.preparation import prepare
-from deploycnn.quantization.types import IntegerWeight, NumberFormat, Range
+from deploycnn.quantization.types import IntegerWeight, NumberFormat, Range, is_balanced
 from deploycnn.quantization.weights import quantize_weight
 from tests.graph.nets import Weights, graph, images, operators
 from tests.quantization.test_placement import conv, inception, model, node, residual
 
 Array = npt.NDArray[np.float64]
 CPU = packs.get("cpu")
+OPENVINO = packs.get("openvino")
 
 
 def spread(model: ModelProto, pack: RulePack, bounds: Range = (-2.0, 3.0)) -> dict[str, Range]:
@@ -143,6 +144,29 @@ def test_clips_are_left_out_only_where_rounding_does_the_same() -> None:
     assert [item.value for item in plan.activations] == ["x", "stem", "r", "a", "ar", "b", "sum", "y1", "y"]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [((-2.0, 3.0), "int8"), ((-3.0, 1.5), "int8"), ((-1.0, 3.0), "uint8"), ((-0.28, 6.0), "uint8")],
+)
+def test_openvino_gets_balanced_values_without_a_zero_point(bounds: Range, expected: str) -> None:
+    made = residual()
+    grids = activation_parameters(made, place(made, OPENVINO), spread(made, OPENVINO, bounds))
+    assert {grids[value].number.dtype for value in ("x", "b")} == {expected}
+    assert {grids[value] for value in ("r", "ar")} == {(np.float32(bounds[1] / 255), 0, OPENVINO.activation)}
+    if expected == "int8":
+        assert grids["x"][:2] == (np.float32(max(-bounds[0], bounds[1]) / 127), 0)
+    stored = {tensor.name: tensor.data_type for tensor in quantized(made, OPENVINO, bounds).graph.initializer}
+    assert stored["x_zero_point"] == (TensorProto.INT8 if expected == "int8" else TensorProto.UINT8)
+    assert stored["r_zero_point"] == TensorProto.UINT8
+
+
+@given(low=st.floats(-9, 0), high=st.floats(0, 9))
+def test_a_symmetric_format_costs_at_most_a_third_of_a_step(low: float, high: float) -> None:
+    symmetric, _ = NumberFormat(dtype="int8", symmetric=True).scale_and_zero_point((low, high))
+    free, _ = NumberFormat().scale_and_zero_point((low, high))
+    assert not is_balanced((low, high)) or symmetric <= free * 4 / 3 * 255 / 254 * 1.001
+
+
 def test_a_range_does_not_exceed_what_a_clip_lets_through() -> None:
     weights: Weights = {"lo": np.float32(0), "hi": np.float32(6)}
     nodes = [
@@ -153,8 +177,8 @@ def test_a_range_does_not_exceed_what_a_clip_lets_through() -> None:
     made = model(nodes, weights)
     plan = place(made, CPU)
     parameters = activation_parameters(made, plan, dict.fromkeys(ranges_needed(plan), (-1.0, 8.0)))
-    assert parameters["r"] == (np.float32(6 / 255), 0)
-    assert parameters["y"][1] > 0
+    assert parameters["r"] == (np.float32(6 / 255), 0, CPU.activation)
+    assert parameters["y"].zero_point > 0
 
 
 def test_tied_values_share_their_scale_as_one_constant() -> None:
