@@ -137,7 +137,7 @@ def _rules(source: Artifact) -> RulePack | None:
     from deploycnn.quantization import packs
 
     made = source.facts.record.get("int8")
-    return None if made is None else packs.get(made["target"])
+    return None if made is None else replace(packs.get(made["target"]), rewrites=tuple(made["rewrites"]))
 
 
 def _float_ancestor(ctx: Context) -> Artifact:

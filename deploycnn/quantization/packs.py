@@ -196,6 +196,7 @@ def weights_only(pack: RulePack, dtype: Literal["int8", "int4"] = "int8") -> Rul
         sensitive_weight=eight if dtype == "int4" else None,
         style="weights",
         integer_bias=False,
+        rewrites=(),  # they are for integer kernels
     )
 
 

@@ -77,6 +77,7 @@ class Record:
         found = {
             "target": self.pack.target,
             "scheme": self.scheme,
+            "rewrites": list(self.pack.rewrites),
             "weights": asdict(self.weights),
             "calibrator": f"{calibrator}{detail}",
             "images": self.images,

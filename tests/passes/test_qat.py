@@ -20,7 +20,7 @@ from deploycnn.graph.parity import evaluator
 from deploycnn.graph.probe import parity_images
 from deploycnn.passes.int8 import Int8
 from deploycnn.passes.qat import Qat
-from deploycnn.quantization import packs
+from deploycnn.quantization import isa, packs
 from deploycnn.quantization import qat as quantization_qat
 from deploycnn.quantization.preparation import prepare
 from deploycnn.training.losses import Distillation
@@ -60,6 +60,20 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]
 
 def context(folder: Path, chain: tuple[Artifact, Artifact], **options: Any) -> Context:
     return make_context(folder, DATA, lineage=chain, **options)
+
+
+def test_a_file_made_for_another_kind_of_cpu_is_trained_here(
+    tmp_path: Path, chain: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, _ = chain
+    ctx = make_context(tmp_path / "int8", DATA)
+    with monkeypatch.context() as patch:
+        patch.setattr(isa, "detect_isa", lambda: isa.Isa(name="aarch64", saturates=False))
+        draft = Int8(calibration_images=30, do_no_harm=False).run(full, ctx)
+    assert "align_first_layers" not in draft.facts.record["int8"]["rewrites"]
+    quantized = replace(as_artifact(draft, ctx.output), path=ctx.output / "model.onnx")
+    record = Qat(**QUICK).run(quantized, context(tmp_path / "qat", (full, quantized))).facts.record
+    assert record["qat"]["agreement"]["images"] > 0
 
 
 def test_it_trains_the_deployed_graph_with_the_float_graph_as_teacher(

@@ -18,6 +18,7 @@ from deploycnn.quantization import packs
 from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
 from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.insertion import build
+from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.placement import place
 from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.rewrites import REWRITES, apply_rewrites
@@ -99,6 +100,12 @@ def test_what_each_rewrite_leaves() -> None:
     assert after["Tile"] == 1
     grouped = next(node for node in model.graph.node if node.name.startswith("grouped"))
     assert next(held.i for held in grouped.attribute if held.name == "group") == 2
+
+
+def test_files_of_integer_weights_alone_keep_their_graph() -> None:
+    pack = packs.weights_only(packs.get("cpu", Isa(name="avx512_vnni", saturates=False)))
+    torch.manual_seed(0)
+    assert operators(prepare(export_onnx(Gated(), (3, 16, 16), opset=18), pack)) == operators(exported())
 
 
 def test_small_images_are_not_tiled() -> None:
