@@ -69,12 +69,14 @@ def storage_findings(model: ModelProto, pack: RulePack, *, only_weights: bool) -
 
 def _activation(pair: Rounding, pack: RulePack) -> Iterator[Found]:
     yield from _scale(pair)
+    offset = 0 if pair.zero_point is None else next((int(zero) for zero in pair.zero_point.flat if zero), 0)
     formats = [number for number in (pack.activation, pack.signed) if number is not None]
-    number = next((number for number in formats if number.dtype == pair.dtype), None)
-    if number is None:
-        yield "QDQ002", pair.node, f"{pair.dtype}; {pack.target} wants {pack.activation.dtype}"
-    elif number.symmetric and pair.zero_point is not None and pair.zero_point.any():
-        yield "QDQ003", pair.node, f"zero point {int(pair.zero_point.flat[0])}; {pack.target} wants 0"
+    if not any(number.dtype == pair.dtype and not (number.symmetric and offset) for number in formats):
+        if pair.dtype == pack.activation.dtype:
+            yield "QDQ003", pair.node, f"zero point {offset}; {pack.target} wants 0"
+        else:
+            found = f"{pair.dtype} with zero point {offset}" if offset else pair.dtype
+            yield "QDQ002", pair.node, f"{found}; {pack.target} wants {pack.activation.dtype}"
     if pair.per_channel and pair.scale is not None:
         yield "QDQ004", pair.node, f"{pair.scale.size} scales along axis {pair.axis}"
 

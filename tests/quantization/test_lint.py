@@ -113,6 +113,17 @@ def round_edge(model: ModelProto, value: str, reader: str, like: str) -> None:
     sort_nodes(model)
 
 
+def test_openvino_takes_int8_where_it_has_no_zero_point() -> None:
+    pack = packs.get("openvino")
+    assert rules(quantized(residual(), pack, (-2.0, 2.0)), pack) == {}
+    made = quantized(residual(), pack, (-2.0, 2.0))
+    change(made, "x_zero_point", lambda array: array + array.dtype.type(3))
+    assert rules(made, pack) == {"QDQ002": ["x_DequantizeLinear"]}
+    symmetric = quantized(residual(), TENSORRT)
+    change(symmetric, "x_zero_point", lambda array: array + array.dtype.type(3))
+    assert rules(symmetric, TENSORRT) == {"QDQ003": ["x_DequantizeLinear"]}
+
+
 def test_planted_faults_in_numbers() -> None:
     made = quantized(residual(), CPU)
     change(made, "a.w_zero_point", lambda array: array + 1)
