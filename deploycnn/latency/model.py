@@ -179,6 +179,15 @@ class LatencyTable:
         timed = set(self.kinds)
         return tuple(layer for layer, kind in self.layers.items() if kind not in timed)
 
+    @property
+    def dense_ms(self) -> float:
+        """Milliseconds of the dense model as it was measured: the first configuration.
+
+        Shares are of this, not of what ``cost`` says of the dense widths. They are the corner of all widths, and often
+        the ones that kernels were written for: a smooth fit is off there, and with it would be every share.
+        """
+        return sum(sample.ms for sample in self.samples if sample.config == 0)
+
     def cost(self, kind: str, width_in: npt.ArrayLike, width_out: npt.ArrayLike) -> FloatArray:
         """Milliseconds of layers of one kind; 0 of those that are ``untimed``.
 
@@ -264,7 +273,7 @@ def table_of(value: Json) -> LatencyTable:
     Raises:
         KeyError, TypeError, ValueError, AttributeError: it is not such a value.
     """
-    return LatencyTable(
+    table = LatencyTable(
         environment=value["environment"],
         runtime=str(value["runtime"]),
         precision=str(value["precision"]),
@@ -280,6 +289,9 @@ def table_of(value: Json) -> LatencyTable:
         overhead_ms=float(value["overhead_ms"]),
         error=Error(**value["error"]) if value["error"] else None,
     )
+    if not table.dense_ms > 0:
+        raise ValueError("no times of the dense model, configuration 0")
+    return table
 
 
 def _fit_samples(samples: Sequence[Sample]) -> Fit:

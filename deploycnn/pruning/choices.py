@@ -55,7 +55,7 @@ class Choices:
         groups: Prunable groups.
         found: Ladders, those whose ratio the recipe names with one step.
         posed: Variables: ladders, then blocks.
-        dense_ms: Predicted latency of the dense model.
+        dense_ms: Latency of the dense model, as the table's own measurement has it.
         dropping: Blocks that may go beside channels; ``None``: not asked for.
         tell: Told what is being done.
     """

@@ -131,14 +131,13 @@ class LatencyGoal:
         table = self.table = self.table or self._bench().table(
             lambda generator: draw(groups, found, generator), seed=self.seed
         )
-        dense_ms = posed_problem(model, self.layers, groups, found, table).cost([0] * len(found))
         found = pinned(found)
         choices = Choices(
             model=model,
             groups=groups,
             found=found,
             posed=posed_problem(model, self.layers, groups, found, table, self.blocks),
-            dense_ms=dense_ms,
+            dense_ms=table.dense_ms,
             dropping=self.dropping,
             tell=self.tell,
         )

@@ -98,6 +98,20 @@ def test_a_table_without_a_key_is_refused(tmp_path: Path) -> None:
         load_table(tmp_path / "t.json")
 
 
+def test_a_table_without_the_dense_model_is_refused(tmp_path: Path) -> None:
+    found = table()
+    replace(found, samples=tuple(s for s in found.samples if s.config)).save(tmp_path / "t.json")
+    with pytest.raises(ArtifactError, match="dense model"):
+        load_table(tmp_path / "t.json")
+
+
+def test_the_dense_model_is_the_first_configuration() -> None:
+    found = table()
+    first, second = found.samples[:2]
+    assert (first.config, second.config) == (0, 0)
+    assert found.dense_ms == pytest.approx(first.ms + second.ms)
+
+
 def test_an_unknown_layer_is_named() -> None:
     with pytest.raises(ArtifactError, match='no layer "c"'):
         table().cost("c", [8.0], [8.0])

@@ -92,6 +92,32 @@ def test_the_goal_is_reached_also_where_the_prediction_is_off(tmp_path: Path) ->
     assert sum(row["ms"][1] for row in layers.values()) < sum(row["ms"][0] for row in layers.values())
 
 
+class Corner(Exact):
+    """Whose dense model is 8% slower than its widths would have it: no smooth fit follows that."""
+
+    def race(
+        self, models: Mapping[str, Path], *, batch_size: int, threads: int, budget_s: float
+    ) -> dict[str, Speed]:
+        found = super().race(models, batch_size=batch_size, threads=threads, budget_s=budget_s)
+        first = found[next(iter(models))].median_ms
+        return {
+            name: Speed(
+                median_ms=speed.median_ms * (1.08 if speed.median_ms == first else 1),
+                ratio=speed.ratio if speed.median_ms == first else speed.ratio * 1.08,
+                low=speed.low,
+                high=speed.high,
+            )
+            for name, speed in found.items()
+        }
+
+
+def test_shares_are_of_the_dense_model_as_measured(tmp_path: Path) -> None:
+    record = pruned(goal(0.5, Corner(), tmp_path))["latency"]
+    assert isinstance(record, dict)
+    first = record["tried"][0]
+    assert first["races"][0] / first["predicted_ratio"] == pytest.approx(1, rel=0.04)
+
+
 class Lucky(Exact):
     """Of which the first race with a pruned model says what was asked for, by chance."""
 
