@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ class Distill(TeachingSettings, TrainingSettings, Pass):
         """
         from deploycnn.training import artifact
 
-        data = artifact.needed_data(ctx, "distill")
+        data, begun = artifact.needed_data(ctx, "distill"), time.perf_counter()
         teachers: list[nn.Module] = []
         told: list[dict[str, Any]] = []
         for path, facts, name in self._found(source, ctx):
@@ -136,7 +137,15 @@ class Distill(TeachingSettings, TrainingSettings, Pass):
 
         record: dict[str, Any] = {"teacher": told[0], "teachers": told}
         try:
-            return artifact.train(source, self, ctx, loss=loss, where="distill", record=record)
+            return artifact.train(
+                source,
+                self,
+                ctx,
+                loss=loss,
+                where="distill",
+                record=record,
+                spent_s=time.perf_counter() - begun,
+            )
         finally:
             for features in hooked:
                 features.close()

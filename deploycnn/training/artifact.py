@@ -104,6 +104,7 @@ def train(
     loss: Loss | Callable[[nn.Module], Loss],
     where: str,
     record: Mapping[str, Json] | None = None,
+    spent_s: float = 0.0,
 ) -> Draft:
     """Train ``source`` on the context's data and write it to ``ctx.output``.
 
@@ -114,6 +115,7 @@ def train(
         loss: What to minimize; or a function that makes it for the model, which it may look into.
         where: The pass's name, for messages.
         record: What else is to be known of the result, beside the history under "training".
+        spent_s: As in ``fit``.
 
     Raises:
         PreprocessingError, PassRequirementError, ArtifactError: see :func:`load_checked`.
@@ -125,7 +127,7 @@ def train(
     zeros.keep_zeros(model, zeros.meant(ctx.lineage))
     if not isinstance(loss, Loss):
         loss = loss(model)
-    history = fit(model, data, settings, loss=loss, ctx=ctx)
+    history = fit(model, data, settings, loss=loss, ctx=ctx, spent_s=spent_s)
     return trained_draft(source, model, history, ctx, record)
 
 

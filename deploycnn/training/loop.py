@@ -43,7 +43,15 @@ REPLAN_PARTS = 40
 clock = time.perf_counter
 
 
-def fit(model: nn.Module, data: Data, settings: TrainingSettings, *, loss: Loss, ctx: Context) -> History:
+def fit(
+    model: nn.Module,
+    data: Data,
+    settings: TrainingSettings,
+    *,
+    loss: Loss,
+    ctx: Context,
+    spent_s: float = 0.0,
+) -> History:
     """Train ``model`` in place; it ends on the CPU, in evaluation mode, with the weights of the kept epoch.
 
     Only ``data.dataset.train`` and ``.val`` are read. Checkpoints go to ``ctx.scratch``, from where an
@@ -55,6 +63,7 @@ def fit(model: nn.Module, data: Data, settings: TrainingSettings, *, loss: Loss,
         settings: How to train.
         loss: What to minimize; what it holds must be on ``ctx.device``.
         ctx: Seed, device, threads, scratch folder, progress and log.
+        spent_s: Seconds of ``max_minutes`` that are gone already, for what the loss needs.
 
     Raises:
         TrainingError: the loss became infinite or not a number; names step and last good checkpoint.
@@ -63,7 +72,7 @@ def fit(model: nn.Module, data: Data, settings: TrainingSettings, *, loss: Loss,
     """
     with deterministic(threads=ctx.threads, device=ctx.device):
         try:
-            return _Training(model, data, settings, loss, ctx).run()
+            return _Training(model, data, settings, loss, ctx, spent_s).run()
         finally:
             model_home(model)
 
@@ -79,11 +88,18 @@ def _identity(model: nn.Module, data: Data, settings: TrainingSettings, seed: in
 
 class _Training:
     def __init__(
-        self, model: nn.Module, data: Data, settings: TrainingSettings, loss: Loss, ctx: Context
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: TrainingSettings,
+        loss: Loss,
+        ctx: Context,
+        spent_s: float,
     ) -> None:
         self.identity = _identity(model, data, settings, ctx.seed)
         self.model = model_to(model, ctx.device)
         self.data, self.settings, self.ctx = data, settings, ctx
+        self.spent_s = spent_s
         self.stepper = Stepper(self.model, settings, loss, ctx.device)
         self.steps_per_epoch = feed.count_steps(len(data.dataset.train), settings.batch_size)
         self.most_steps = self.steps_per_epoch * settings.epochs
@@ -161,7 +177,7 @@ class _Training:
         steps, limited = self.most_steps, False
         if self.settings.max_minutes is not None and steps > 0:
             self.probe(pace)
-            pace.spent_s = clock() - started
+            pace.spent_s = self.spent_s + clock() - started
             fitting = max(1, self.fitting(pace, pace.spent_s, taken=0))
             steps, limited = min(fitting, steps), fitting < steps
             self.ctx.log.info(

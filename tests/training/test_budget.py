@@ -66,6 +66,17 @@ def test_the_minutes_are_used_and_the_rate_ends_low(
     assert max(taught) == pytest.approx(0.01, rel=0.05)
 
 
+def test_what_preparing_the_teacher_took_is_part_of_the_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    options = settings(epochs=1000, max_minutes=2, lr=0.01)
+    ctx = make_context(tmp_path, DATA)
+    history = loop.fit(make_model(), DATA, options, loss=CrossEntropy(), ctx=ctx, spent_s=60)
+    assert 50 < clock.now <= 60
+    assert history.epochs[-1].lr < 0.01 * 0.05
+
+
 def test_a_machine_that_gets_slower_is_planned_for_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
