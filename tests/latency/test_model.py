@@ -139,6 +139,35 @@ def test_a_slow_path_off_the_block_does_not_make_the_step_larger() -> None:
     assert step_of({width: width * (1.0 if width % 8 == 0 else 1.8) for width in range(8, 41)}) == 8
 
 
+def test_a_kernel_that_does_well_just_above_a_multiple_has_its_step_all_the_same() -> None:
+    """Measured: 3x3 convolutions of onnxruntime in FP32 on AVX512, microseconds."""
+    widths = [
+        150,
+        173,
+        188,
+        208,
+        233,
+        304,
+        329,
+        354,
+        210,
+        514,
+        555,
+        591,
+        632,
+        675,
+        731,
+        775,
+        621,
+        875,
+        918,
+        963,
+        619,
+    ]
+    widths += [1080, 1118, 1211, 615, 1313, 1361, 1412, 1277, 1545, 1593, 1686, 1290]
+    assert step_of(dict(zip(range(8, 41), map(float, widths), strict=True))) == 16
+
+
 class Blocks:
     """A stopwatch of a machine that works on 8 channels at once, 10 GMAC/s, and takes 5 us for each node."""
 
