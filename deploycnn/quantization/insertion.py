@@ -7,7 +7,7 @@ Names follow onnxruntime's quantizer, which other tools know: ``W_quantized``, `
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -19,17 +19,10 @@ from deploycnn.graph.cleanup import remove_unused
 from deploycnn.graph.model import attribute, infer_shapes, sort_nodes
 from deploycnn.graph.names import unique
 from deploycnn.graph.opset import raise_opset
+from deploycnn.quantization.grids import Grid, activation_parameters, clips_alike
 from deploycnn.quantization.placement import output_axis
-from deploycnn.quantization.structure import ANY, Structure
-from deploycnn.quantization.types import (
-    ActivationPlan,
-    IntegerWeight,
-    NumberFormat,
-    Plan,
-    Range,
-    Ranges,
-    WeightPlan,
-)
+from deploycnn.quantization.structure import Structure
+from deploycnn.quantization.types import ActivationPlan, IntegerWeight, Plan, Ranges, WeightPlan
 from deploycnn.quantization.weights import quantize_bias, quantize_weight, with_room_for_bias
 
 #: The first operator set with per-channel DequantizeLinear, and that with 4-bit integers.
@@ -82,47 +75,6 @@ def ranges_needed(plan: Plan) -> tuple[str, ...]:
     return tuple(item.value for item in plan.activations if item.fixed is None)
 
 
-class Grid(NamedTuple):
-    """The integers of a value: ``real = (integer - zero_point) * scale``."""
-
-    scale: np.float32
-    zero_point: int
-    number: NumberFormat
-
-
-def activation_parameters(model: ModelProto, plan: Plan, ranges: Ranges) -> dict[str, Grid]:
-    """Scale, zero point and number format of each planned value.
-
-    No range goes beyond what a value can be (behind a ReLU, a clip, a sigmoid); tied values share the hull of theirs.
-
-    Raises:
-        PassRequirementError: a range is missing or not finite.
-    """
-    possible = Structure(model).possible()
-    hulls: dict[str, Range] = {}
-    for item in plan.activations:
-        low, high = _bounds(item, ranges)
-        least, most = possible.get(item.value, ANY)
-        low, high = max(low, least), min(high, most)
-        group = item.tied or item.value
-        held = hulls.get(group, (0.0, 0.0))
-        hulls[group] = min(held[0], low), max(held[1], high)
-    grids = {}
-    for group, hull in hulls.items():
-        number = plan.number(hull)
-        grids[group] = Grid(*number.scale_and_zero_point(hull), number)
-    return {item.value: grids[item.tied or item.value] for item in plan.activations}
-
-
-def _bounds(item: ActivationPlan, ranges: Ranges) -> Range:
-    bounds = item.fixed if item.fixed is not None else ranges.get(item.value)
-    if bounds is None:
-        raise PassRequirementError(f'value "{item.value}" is to be quantized and has no range; calibrate it')
-    if not np.isfinite(bounds).all():
-        raise PassRequirementError(f'value "{item.value}" has the range {bounds}, which is not finite')
-    return bounds
-
-
 def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, Grid]) -> None:
     """Take out each ReLU and clip whose rounding does the same: its bounds are the ends of the integers."""
     graph = Structure(model)
@@ -139,20 +91,12 @@ def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, Grid]) -
             or maker is None
             or maker.name not in integer
             or len(graph.read_by[source]) != 1
-            or not _clips_alike(bounds, parameters[target])
+            or not clips_alike(bounds, parameters[target])
         ):
             continue
         maker.output[list(maker.output).index(source)] = target
         model.graph.node.remove(node)
         graph.made_by[target] = maker
-
-
-def _clips_alike(bounds: Range, grid: Grid) -> bool:
-    scale, zero_point, number = grid
-    low, high = (np.rint(np.float32(bound) / scale) + zero_point for bound in bounds)
-    # QuantizeLinear knows no symmetric range: it saturates at the type's own ends.
-    least = number.qmin - (number.symmetric and number.qmin < 0)
-    return bool(low <= least and high >= number.qmax)
 
 
 class _Builder:
@@ -168,6 +112,14 @@ class _Builder:
         self._taken |= set(self._graph.inputs) | self._graph.outputs | set(self._graph.constants)
         #: Names of scale and zero point by group of tied values.
         self._scales: dict[str, tuple[str, str]] = {}
+        #: Names of the integers of values.
+        self._integers: dict[str, str] = {}
+        #: What is padded, by name of the node that pads it on integers.
+        self._pads = {
+            node.name: node.input[0]
+            for node in self._graph.nodes
+            if node.op_type == "Pad" and "Pad" in plan.on_integers and self._graph.pads_zeros(node)
+        }
 
     def finish(self) -> None:
         """Sort, and drop what nobody reads any more."""
@@ -181,7 +133,8 @@ class _Builder:
     def round(self, item: ActivationPlan) -> None:
         """Put Q/DQ between a value and its readers."""
         value = item.value
-        rounded = self._constant(item) if value in self._graph.constants else self._pair(item)
+        constant = value in self._graph.constants
+        rounded = self._constant(item) if constant else self._padded(item) or self._pair(item)
         for node in self._graph.nodes:
             if item.readers is None or node.name in item.readers:
                 for position, name in enumerate(node.input):
@@ -201,6 +154,39 @@ class _Builder:
         integers = self._name(f"{value}_QuantizeLinear_Output")
         self._add("QuantizeLinear", [source, scale, zero_point], integers, f"{value}_QuantizeLinear")
         self._add("DequantizeLinear", [integers, scale, zero_point], rounded, f"{value}_DequantizeLinear")
+        self._integers[value] = integers
+        return rounded
+
+    def _padded(self, item: ActivationPlan) -> str | None:
+        """What pads zeros, on integers; ``None`` where something else makes the value, or the integers are others."""
+        maker = self._graph.made_by.get(item.value)
+        source = self._pads.get(maker.name) if maker is not None else None
+        if (
+            maker is None
+            or source not in self._integers
+            or maker.input[0] == source  # it reads in float
+            or self._parameters[source] != self._parameters[item.value]
+            or item.value in self._graph.outputs
+        ):
+            return None
+        integers = self._name(f"{item.value}_quantized")
+        node = helper.make_node(
+            "Pad",
+            [self._integers[source], maker.input[1], self._scale(item)[1], *maker.input[3:]],
+            [integers],
+            name=self._name(f"{maker.name}_quantized"),
+        )
+        node.attribute.extend(maker.attribute)
+        self._model.graph.node.append(node)
+        return self._real(item, integers)
+
+    def _real(self, item: ActivationPlan, integers: str) -> str:
+        """DequantizeLinear behind the integers of a value; return what readers should take."""
+        rounded = self._name(f"{item.value}_DequantizeLinear_Output")
+        self._add(
+            "DequantizeLinear", [integers, *self._scale(item)], rounded, f"{item.value}_DequantizeLinear"
+        )
+        self._integers[item.value] = integers
         return rounded
 
     def _constant(self, item: ActivationPlan) -> str:

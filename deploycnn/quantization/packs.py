@@ -49,6 +49,8 @@ class RulePack:
         integer_bias: Biases are int32.
         float_operators: Operators with weights that stay float there -> why.
         followers: For "units": operators that stay on integers between convolutions.
+        on_integers: For "units": operators that no rule of the runtime makes integer kernels of, though it has such
+            kernels: they are written between Q and DQ, where they compute on integers as they stand. "Pad" is known.
         clips: Operators that are folded into the range of the value that they make.
         epilogues: Activations (operators, and "SiLU") that the runtime computes within an integer convolution, so that
             no Q/DQ belongs between.
@@ -78,6 +80,7 @@ class RulePack:
     integer_bias: bool
     float_operators: Mapping[str, str] = field(default_factory=dict)
     followers: frozenset[str] = frozenset()
+    on_integers: frozenset[str] = frozenset()
     clips: frozenset[str] = frozenset({"Relu", "Clip"})
     epilogues: frozenset[str] = frozenset()
     float_results: frozenset[str] = frozenset()
@@ -104,6 +107,7 @@ _CPU = RulePack(
     integer_bias=True,
     float_operators={"ConvTranspose": "no integer kernel"},
     followers=CPU_FOLLOWERS,
+    on_integers=frozenset({"Pad"}),
     float_results=frozenset({"Gemm", "MatMul"}),
     constant_operands="scalar",
     tie_concat=True,

@@ -15,6 +15,7 @@ from deploycnn.graph.model import attribute, infer_shapes, initializers, value_t
 from deploycnn.graph.names import name_nodes
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.insertion import MIN_OPSET
+from deploycnn.quantization.lifting import lift_pads
 from deploycnn.quantization.structure import COMPUTE
 
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
@@ -90,6 +91,7 @@ def read_qdq(model: ModelProto) -> Reading:
     named.CopyFrom(model)
     name_nodes(named)
     source = simplify(named)
+    lift_pads(source)
     reading = Reading()
     _Stripper(source, reading).strip()
     _widen(reading.model)

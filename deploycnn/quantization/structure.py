@@ -102,13 +102,16 @@ class Structure:
     def moves(self, node: NodeProto) -> bool:
         """Whether integers pass through a node unchanged (zero padding included: zero is in every range)."""
         if node.op_type == "Pad":
-            mode = attribute(node, "mode", b"constant")
-            return mode != b"constant" or self.scalar(node, 2, 0.0) == 0.0
+            return attribute(node, "mode", b"constant") != b"constant" or self.pads_zeros(node)
         if node.op_type == "MaxPool":
             return len(node.output) == 1 and set(cast("list[int]", attribute(node, "dilations", [1]))) == {1}
         if node.op_type == "Resize":
             return attribute(node, "mode", b"nearest") == b"nearest"
         return node.op_type in MOVERS
+
+    def pads_zeros(self, node: NodeProto) -> bool:
+        """Whether a ``Pad`` adds zeros."""
+        return attribute(node, "mode", b"constant") == b"constant" and self.scalar(node, 2, 0.0) == 0.0
 
     def silu(self, value: str) -> NodeProto | None:
         """The product of ``x * sigmoid(x)``, where nothing else reads x or the sigmoid."""

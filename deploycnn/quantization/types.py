@@ -127,6 +127,7 @@ class Plan:
         weights: In graph order.
         integer_bias: Whether biases become int32 (scale: input scale x weight scale), as CPU kernels want it.
         quantized_nodes: Names of the nodes that compute between DQ and Q, in graph order.
+        on_integers: Operators that stand between Q and DQ instead, where that computes the same.
         kept_float: Convolutions and matrix products left in float -> why.
     """
 
@@ -137,6 +138,7 @@ class Plan:
     weights: tuple[WeightPlan, ...]
     integer_bias: bool
     quantized_nodes: tuple[str, ...]
+    on_integers: frozenset[str] = frozenset()
     kept_float: Mapping[str, str]
 
     def number(self, bounds: Range) -> NumberFormat:

@@ -20,7 +20,8 @@ from deploycnn.graph.model import load_onnx, opset_of, save_onnx
 from deploycnn.graph.parity import cpu_session
 from deploycnn.quantization import packs
 from deploycnn.quantization.fusion import census, count_fused
-from deploycnn.quantization.insertion import activation_parameters, build, ranges_needed
+from deploycnn.quantization.grids import activation_parameters
+from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
@@ -142,6 +143,55 @@ def test_clips_are_left_out_only_where_rounding_does_the_same() -> None:
     assert operators(both).count("Relu") == 3
     plan = place(made, symmetric)
     assert [item.value for item in plan.activations] == ["x", "stem", "r", "a", "ar", "b", "sum", "y1", "y"]
+
+
+def padded_shortcut(pads: tuple[int, ...] = (0, 1, 0, 0, 0, 2, 0, 0)) -> ModelProto:
+    """A residual block whose shortcut is padded with channels of zeros, as in the ResNets of CIFAR."""
+    weights: Weights = {"pads": np.array(pads, np.int64)}
+    nodes = [
+        conv("x", "stem", weights, (8, 3, 3, 3)),
+        node("Relu", "stem", "r"),
+        node("Pad", "r pads", "wide"),
+        conv("r", "a", weights, (11, 8, 3, 3)),
+        node("Add", "a wide", "sum"),
+        node("Relu", "sum", "s"),
+        conv("s", "y", weights, (4, 11, 1, 1)),
+    ]
+    return model(nodes, weights)
+
+
+@given(low=st.floats(-4, 0), high=st.floats(0.1, 6), dtype=st.sampled_from(["uint8", "int8"]))
+@settings(max_examples=15, deadline=None)
+def test_padding_on_integers_is_padding(low: float, high: float, dtype: str) -> None:
+    made = padded_shortcut()
+    pack = replace(CPU, activation=NumberFormat(dtype=dtype))  # type: ignore[arg-type]
+    between = quantized(made, replace(pack, on_integers=frozenset()), (low, high))
+    on_integers = quantized(made, pack, (low, high))
+    x = images(2, (3, 8, 8))
+    np.testing.assert_array_equal(run(on_integers, x), run(between, x))
+    assert operators(on_integers).count("QuantizeLinear") == operators(between).count("QuantizeLinear") - 1
+    (pad,) = (held for held in on_integers.graph.node if held.op_type == "Pad")
+    assert pad.input[0].endswith("QuantizeLinear_Output")
+
+
+def test_padding_between_other_operators_leaves_no_float_behind(tmp_path: Path) -> None:
+    counts = {}
+    for name, pack in {"between": replace(CPU, on_integers=frozenset()), "on integers": CPU}.items():
+        save_onnx(quantized(padded_shortcut(), pack), tmp_path / f"{name}.onnx")
+        counts[name] = count_fused(tmp_path / f"{name}.onnx")
+    assert counts["between"].stray == counts["on integers"].stray + 2
+    assert counts["on integers"].by_operator["Pad"] == 1
+
+
+def test_padding_with_other_numbers_or_of_what_is_float_stays() -> None:
+    made = padded_shortcut()
+    made.graph.initializer.append(numpy_helper.from_array(np.float32(1.0), "one"))
+    (pad,) = (held for held in made.graph.node if held.op_type == "Pad")
+    pad.input.append("one")
+    assert not any(
+        held.op_type == "Pad" and held.input[0].endswith("QuantizeLinear_Output")
+        for held in quantized(made, CPU).graph.node
+    )
 
 
 @pytest.mark.parametrize(

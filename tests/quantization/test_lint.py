@@ -23,7 +23,7 @@ from deploycnn.quantization.lint_rules import RULES
 from deploycnn.quantization.packed import packed
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.reading import read_qdq
-from tests.quantization.test_insertion import quantized
+from tests.quantization.test_insertion import padded_shortcut, quantized
 from tests.quantization.test_placement import inception, residual, silu, squeeze
 
 CPU = packs.get("onnxruntime-cpu")
@@ -38,10 +38,26 @@ def rules(model: ModelProto, pack: RulePack) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("target", [name for name in packs.PACKS if name != "tensorrt-rtx"])
-@pytest.mark.parametrize("make", [residual, silu, squeeze, inception])
+@pytest.mark.parametrize("make", [residual, silu, squeeze, inception, padded_shortcut])
 def test_our_own_placement_is_clean(make: Callable[[], ModelProto], target: str) -> None:
     pack = packs.get(target)
     assert rules(quantized(make(), pack), pack) == {}
+
+
+def test_padding_on_integers_is_read_as_padding_of_real_numbers() -> None:
+    model, between = (
+        quantized(padded_shortcut(), replace(CPU, on_integers=kinds))
+        for kinds in (CPU.on_integers, frozenset())
+    )
+    found, expected = read_qdq(model), read_qdq(between)
+    assert sorted(node.op_type for node in found.model.graph.node) == sorted(
+        node.op_type for node in expected.model.graph.node
+    )
+    assert len(found.activations) == len(expected.activations)
+    one = np.asarray(1, dtype=np.uint8)
+    model.graph.initializer.append(numpy_helper.from_array(one, "one"))
+    next(node for node in model.graph.node if node.op_type == "Pad").input[2] = "one"
+    assert len(read_qdq(model).activations) < len(expected.activations)
 
 
 def cast_between(model: ModelProto, value: str, reader: str) -> None:

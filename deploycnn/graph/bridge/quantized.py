@@ -25,8 +25,8 @@ from deploycnn.graph.bridge.values import (
 #: Operators that move or choose elements, and so may stand between a Q and its DQ.
 KEEP_INTEGERS = frozenset(
     {
-        "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth",
-        "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+        "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Slice",
+        "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
     }
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from deploycnn.graph.bridge import host
 from deploycnn.graph.bridge.builder import UnsupportedError
 from deploycnn.graph.bridge.padding import pad_tensor
 from deploycnn.graph.bridge.site import Site, operator
-from deploycnn.graph.bridge.values import Value
+from deploycnn.graph.bridge.values import Array, Rounding, Value
 from deploycnn.graph.model import attribute
 
 
@@ -207,8 +207,19 @@ def pad(site: Site) -> Value:
             pad_tensor, site.tensor(0), site.ints("pads") or [], None, mode, site.number("value", 0.0)
         )
     value = site.constant(2)
+    source = site.value(0)
+    if isinstance(source, fx.Node) and source in site.builder.integers and mode == "constant":
+        _check_zero(site.builder.integers[source][0], value)
+        value = None
     filling = 0.0 if value is None else cast("float", value.reshape(-1)[0].item())
     return site.call(pad_tensor, site.tensor(0), site.numbers(1), site.fixed_numbers(3), mode, filling)
+
+
+def _check_zero(rounding: Rounding, value: Array | None) -> None:
+    """Refuse padding of integers with one that does not stand for the real number 0."""
+    filling = 0 if value is None else int(value.reshape(-1)[0].item())
+    if rounding.zero_point.size != 1 or filling != int(rounding.zero_point.item()):
+        raise UnsupportedError(f"it pads integers with {filling}, which is not their zero point")
 
 
 def depth_to_space(x: Tensor, block: int, mode: str) -> Tensor:

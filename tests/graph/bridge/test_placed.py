@@ -10,6 +10,7 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import nn
 
+from deploycnn.errors import PassRequirementError
 from deploycnn.graph.bridge import FakeQuantize, to_torch
 from deploycnn.graph.model import infer_shapes
 from deploycnn.quantization import packs
@@ -18,6 +19,7 @@ from deploycnn.quantization.insertion import build
 from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.placement import place
 from tests.graph.bridge.support import Array, by_torch, convnet, noise, run
+from tests.quantization.test_insertion import padded_shortcut, quantized
 
 SATURATING = Isa(name="x86 without VNNI", saturates=True)
 VNNI = Isa(name="avx512_vnni", saturates=False)
@@ -121,3 +123,22 @@ def test_tied_scales_are_one_module() -> None:
     assert len(quantizers) == len({id(m) for m in quantizers})
     origins = [slot.origin for slot in bridge.slots if slot.path.endswith(".scale")]
     assert len(origins) == len(set(origins))
+
+
+def test_padding_on_integers_is_what_onnxruntime_computes() -> None:
+    model = quantized(padded_shortcut(), packs.get("cpu", VNNI))
+    assert (
+        next(node for node in model.graph.node if node.op_type == "Pad")
+        .input[0]
+        .endswith("QuantizeLinear_Output")
+    )
+    x = noise(2, 3, 8, 8)
+    np.testing.assert_allclose(by_torch(to_torch(model), x)[0], run(model, x, optimize=False)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_integers_with_something_else_is_refused() -> None:
+    model = quantized(padded_shortcut(), packs.get("cpu", VNNI))
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(7, dtype=np.uint8), "seven"))
+    next(node for node in model.graph.node if node.op_type == "Pad").input[2] = "seven"
+    with pytest.raises(PassRequirementError, match="pads integers with 7"):
+        to_torch(model)
