@@ -106,7 +106,7 @@ def _adapter(cls: Hashable) -> Any:
         if current in seen:
             continue
         seen.add(current)
-        current.__pydantic_config__ = {"extra": "forbid"}
+        current.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
         hints = typing.get_type_hints(current, include_extras=True)
         for name in field_names(current):
             pending.extend(_nested(hints[name]))

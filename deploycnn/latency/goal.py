@@ -11,7 +11,8 @@ from deploycnn.core import Context
 from deploycnn.errors import PassRequirementError, RuntimeUnavailable
 from deploycnn.latency.layers import Layer, layers_of
 from deploycnn.latency.measure import Bench
-from deploycnn.latency.model import LatencyTable, load_table
+from deploycnn.latency.model import LatencyTable
+from deploycnn.latency.reading import load_table
 from deploycnn.pruning.latency_goal import LatencyGoal
 
 

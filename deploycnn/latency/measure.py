@@ -21,7 +21,8 @@ from deploycnn.latency import steps
 from deploycnn.latency.deployed import deployed
 from deploycnn.latency.instances import FixedWidthsError, narrowed
 from deploycnn.latency.layers import Layer, layers_of, with_tails
-from deploycnn.latency.model import SCHEMA, LatencyTable, Sample, table_of
+from deploycnn.latency.model import SCHEMA, LatencyTable, Sample
+from deploycnn.latency.reading import table_of
 from deploycnn.latency.samples import configurations, samples_of
 from deploycnn.pruning.surgery import Removals, channels_at, remove, sharing
 

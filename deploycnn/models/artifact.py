@@ -121,12 +121,23 @@ def load_model(path: Path | str) -> nn.Module:
     folder = path if path.is_dir() else path.parent
     described = read_architecture(folder)
     try:
-        model = build_base(described)
+        model = _stored_base(described)
         deltas.apply(deltas.Delta.from_json(described["delta"]), model, read_tensors(folder / WEIGHTS_FILE))
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from error
     set_architecture(model, described)
     return model.eval()
+
+
+def _stored_base(described: Mapping[str, Json]) -> nn.Module:
+    """As ``build_base``, of a file that may be damaged."""
+    try:
+        return build_base(described)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{ARCHITECTURE_FILE} is damaged: {described['source']} cannot build a model of its options "
+            f"({type(error).__name__}: {error}); make the artifact again"
+        ) from error
 
 
 def read_architecture(folder: Path) -> dict[str, Json]:
@@ -151,9 +162,14 @@ def read_architecture(folder: Path) -> dict[str, Json]:
         )
     if lacking := [key for key in (*_KEYS, "delta") if key not in described]:
         raise ArtifactError(f"{path}: damaged, lacks {', '.join(lacking)}; make the artifact again")
-    if not isinstance(described["options"], dict) or not isinstance(described["source"], str):
+    classes = described["num_classes"]
+    if (
+        not isinstance(described["options"], dict)
+        or not isinstance(described["source"], str)
+        or (classes is not None and (type(classes) is not int or classes < 1))
+    ):
         raise ArtifactError(
-            f"{path}: damaged, source or options are of the wrong type; make the artifact again"
+            f"{path}: damaged, source, options or num_classes are of the wrong type or value; make the artifact again"
         )
     return described
 

@@ -102,11 +102,18 @@ def _is_models(filename: str) -> bool:
 
 
 def check_control_flow(model: nn.Module, images: Tensor, where: str) -> None:
-    """Refuse a model whose path depends on what it sees.
+    """Refuse a model whose path depends on what it sees, or that goes through time.
 
     Raises:
-        PassRequirementError: it does; names the line, and ``where`` the pass or option that asks.
+        PassRequirementError: it does; names the line or the module, and ``where`` the pass or option that asks.
     """
+    for name, module in model.named_modules():
+        # Torch-Pruning would follow every path through the steps in time, of which there are too many to end.
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            raise PassRequirementError(
+                f'{where}: "{name}" is an nn.{type(module).__name__}, and which channels depend on one another cannot '
+                "be followed through time; make the convolutions in front of it a model of their own"
+            )
     weight = next(model.parameters(), images)
     images = images.to(weight.dtype)
     with torch.no_grad(), _NoPeeking(images, where) as peeking, _NoReading(peeking):

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from deploycnn.cli import main
 from deploycnn.cli.latency_table import command
-from deploycnn.latency.model import load_table
+from deploycnn.latency.reading import load_table
 from tests.pruning.test_latency_goal import Exact
 
 

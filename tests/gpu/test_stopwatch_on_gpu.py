@@ -14,7 +14,7 @@ from deploycnn.cli import main
 from deploycnn.engines import audit
 from deploycnn.engines.flavour import Flavour
 from deploycnn.errors import TimingUnavailable
-from deploycnn.latency.model import load_table
+from deploycnn.latency.reading import load_table
 from deploycnn.passes.prune import Prune
 from deploycnn.profiling import engines
 from deploycnn.profiling.stopwatch import RuntimeStopwatch

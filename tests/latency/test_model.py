@@ -13,7 +13,8 @@ import pytest
 from deploycnn.core import Speed
 from deploycnn.errors import ArtifactError
 from deploycnn.latency import steps
-from deploycnn.latency.model import Kind, LatencyTable, Sample, fit, load_table
+from deploycnn.latency.model import Kind, LatencyTable, Sample, fit
+from deploycnn.latency.reading import load_table
 from deploycnn.latency.steps import step_of
 
 
@@ -102,6 +103,40 @@ def test_a_table_without_the_dense_model_is_refused(tmp_path: Path) -> None:
     found = table()
     replace(found, samples=tuple(s for s in found.samples if s.config)).save(tmp_path / "t.json")
     with pytest.raises(ArtifactError, match="dense model"):
+        load_table(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("tables", "a", 3, 2), float("inf"), "milliseconds"),
+        (("tables", "b", 7, 2), float("nan"), "milliseconds"),
+        (("tables", "a", 0, 2), -5.0, "milliseconds"),
+        (("tables", "a", 2, 0), 0, "widths should be at least 1"),
+        (("tables", "a", 2, 1), -3, "widths should be at least 1"),
+        (("step",), 0, "step should be at least 1"),
+        (("threads",), -1, "threads should be at least 1"),
+        (("error", "p95"), float("nan"), "error should be finite"),
+        (("error", "median"), "x", "could not convert"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(
+    tmp_path: Path, place: tuple[str | int, ...], value: object, message: str
+) -> None:
+    content = table(0.05).to_json()
+    held = content
+    for part in place[:-1]:
+        held = held[part]
+    held[place[-1]] = value
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=message):
+        load_table(tmp_path / "t.json")
+
+
+def test_a_table_of_the_dense_model_alone_is_refused(tmp_path: Path) -> None:
+    found = table()
+    replace(found, samples=tuple(s for s in found.samples if not s.config)).save(tmp_path / "t.json")
+    with pytest.raises(ArtifactError, match="other widths"):
         load_table(tmp_path / "t.json")
 
 

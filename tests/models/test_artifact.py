@@ -233,6 +233,10 @@ def test_tensor_of_another_shape(stored):
     [
         (lambda c: c.update(schema_version=99), "schema version 99"),
         (lambda c: c.pop("options"), "lacks options"),
+        (lambda c: c.update(options={}), "cannot build a model of its options"),
+        (lambda c: c.update(num_classes="10"), "num_classes"),
+        (lambda c: c.update(num_classes={}), "num_classes"),
+        (lambda c: c.update(num_classes=0), "num_classes"),
         (lambda c: c.update(delta={"attributes": {"nowhere": {"p": 1}}}), 'module "nowhere"'),
         (lambda c: c.update(delta={"attributes": {"features.0": {"forward": 1}}}), "features.0.forward"),
         (

@@ -115,6 +115,27 @@ def test_control_flow_that_depends_on_data_is_refused_with_its_line(user_module:
         analyse(model, nets.images(), where="sparse.permute")
 
 
+class Recurrent(nn.Module):
+    def __init__(self, cell: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.memory = nn.LSTMCell(8, 8) if cell else nn.GRU(8, 8, batch_first=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.conv(x).relu().mean(3).transpose(1, 2)
+        if isinstance(self.memory, nn.LSTMCell):
+            return self.fc(self.memory(rows[:, 0])[0])
+        return self.fc(self.memory(rows)[0][:, -1])
+
+
+@pytest.mark.parametrize(("cell", "kind"), [(False, "GRU"), (True, "LSTMCell")])
+def test_recurrent_modules_are_refused_by_name(cell: bool, kind: str) -> None:
+    """Torch-Pruning did not end on them."""
+    with pytest.raises(PassRequirementError, match=f'^prune: "memory" is an nn.{kind}'):
+        prune(Recurrent(cell), nets.images(), MAGNITUDE, Goal(pruning_ratio=0.5))
+
+
 @pytest.mark.parametrize(
     "look",
     [

@@ -133,7 +133,9 @@ def test_padding_on_integers_is_what_onnxruntime_computes() -> None:
         .endswith("QuantizeLinear_Output")
     )
     x = noise(2, 3, 8, 8)
-    np.testing.assert_allclose(by_torch(to_torch(model), x)[0], run(model, x, optimize=False)[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        by_torch(to_torch(model), x)[0], run(model, x, optimize=False)[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_padding_integers_with_something_else_is_refused() -> None:
