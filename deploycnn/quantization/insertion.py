@@ -153,9 +153,7 @@ class _Builder:
         scale, zero_point = self._scale(item)
         integers = self._name(f"{value}_QuantizeLinear_Output")
         self._add("QuantizeLinear", [source, scale, zero_point], integers, f"{value}_QuantizeLinear")
-        self._add("DequantizeLinear", [integers, scale, zero_point], rounded, f"{value}_DequantizeLinear")
-        self._integers[value] = integers
-        return rounded
+        return self._real(item, integers, rounded)
 
     def _padded(self, item: ActivationPlan) -> str | None:
         """What pads zeros, on integers; ``None`` where something else makes the value, or the integers are others."""
@@ -178,11 +176,10 @@ class _Builder:
         )
         node.attribute.extend(maker.attribute)
         self._model.graph.node.append(node)
-        return self._real(item, integers)
+        return self._real(item, integers, self._name(f"{item.value}_DequantizeLinear_Output"))
 
-    def _real(self, item: ActivationPlan, integers: str) -> str:
-        """DequantizeLinear behind the integers of a value; return what readers should take."""
-        rounded = self._name(f"{item.value}_DequantizeLinear_Output")
+    def _real(self, item: ActivationPlan, integers: str, rounded: str) -> str:
+        """DequantizeLinear behind the integers of a value; return its output, which readers should take."""
         self._add(
             "DequantizeLinear", [integers, *self._scale(item)], rounded, f"{item.value}_DequantizeLinear"
         )
