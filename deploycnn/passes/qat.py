@@ -30,7 +30,7 @@ class Qat(QatSettings, Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     needs_data: ClassVar[bool] = True
     trains: ClassVar[bool] = True
 

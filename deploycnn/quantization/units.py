@@ -68,9 +68,15 @@ class Units:
             if node.op_type in COMPUTE or node.name in self._keep_float or not self._may_follow(node):
                 continue
             inputs = [name for name in graph.data_inputs(node) if name not in graph.constants]
-            if inputs and all(self._integer_anyway(name, found) for name in inputs):
+            if inputs and all(
+                self._integer_anyway(name, found) or self._image(name, node) for name in inputs
+            ):
                 found.add(node.name)
         return found
+
+    def _image(self, value: str, node: NodeProto) -> bool:
+        """Whether an input of the graph may as well be rounded before ``node`` as behind it."""
+        return value in self._graph.inputs and node.op_type in self._pack.on_integers
 
     def _integer_anyway(self, value: str, found: set[str]) -> bool:
         """Whether integers of a value are there: an integer operator makes it, or a convolution reads it so."""
