@@ -157,7 +157,7 @@ def cifar_recipe(arguments: argparse.Namespace, int8: dict[str, Any]) -> dict[st
     return {
         "name": arguments.net,
         "source": {"zoo": arguments.net, "weights": str(arguments.weights)},
-        "data": {"imagefolder": {"path": str(arguments.data), "val": "last"}},
+        "data": {"imagefolder": {"root": str(arguments.data), "val": "last"}},
         "preprocessing": {
             "size": 32,
             "resize": "squash",
