@@ -76,7 +76,8 @@ class Units:
 
     def _image(self, value: str, node: NodeProto) -> bool:
         """Whether an input of the graph may as well be rounded before ``node`` as behind it."""
-        return value in self._graph.inputs and node.op_type in self._pack.on_integers
+        graph = self._graph
+        return value in graph.inputs and node.op_type in self._pack.on_integers and graph.pads_zeros(node)
 
     def _integer_anyway(self, value: str, found: set[str]) -> bool:
         """Whether integers of a value are there: an integer operator makes it, or a convolution reads it so."""

@@ -162,6 +162,27 @@ def test_channels_are_added_to_the_rounded_image(tmp_path: Path, target: str) ->
     assert np.abs(outputs(quantized, above) - exact).max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize(("mode", "first"), [("constant", "QuantizeLinear"), ("reflect", "Pad")])
+def test_padding_that_no_integer_kernel_does_stays_in_front_of_the_rounding(mode: str, first: str) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(4, 8, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.stem(nn.functional.pad(images, (1, 1, 1, 1), mode=mode))
+
+    pack = packs.get("cpu", Isa(name="avx512_vnni", saturates=False))
+    model = prepare(export_onnx(Padded(), (4, 8, 8), opset=18), pack)
+    plan = place(model, pack, [])
+    quantized = build(
+        model, plan, choose_ranges(plan, calibrate(model, [images(model)], values=values_of(plan)))
+    )
+    by_input = {node.input[0]: node for node in quantized.graph.node}
+    assert by_input[quantized.graph.input[0].name].op_type == first
+    assert operators(quantized).count("QuantizeLinear") == 2  # the image's and the output's
+
+
 def test_other_machines_kernels_take_images_as_they_are() -> None:
     assert (
         "align_first_layers"
