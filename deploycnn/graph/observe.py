@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, TensorProto, helper
 
-from deploycnn.errors import PassRequirementError
+from deploycnn.errors import ArtifactError, PassRequirementError
 from deploycnn.graph.model import initializers, runtime_inputs, shape_of, value_types
 from deploycnn.graph.parity import evaluator
 
@@ -102,7 +102,13 @@ def observe(
             if name in values:
                 visit(name, batch[:count])
             if wanted:
-                contents = (_without_padding(content, len(batch), count) for content in run(batch))
+                try:
+                    results = run(batch)
+                except ArtifactError as error:
+                    raise PassRequirementError(
+                        f"images of shape {batch.shape}: {error}; give data with the preprocessing of the model"
+                    ) from error
+                contents = (_without_padding(content, len(batch), count) for content in results)
                 # Taken from the iterator so that an exception of `show` arrives here.
                 for _ in pool.map(show, wanted, contents):
                     pass

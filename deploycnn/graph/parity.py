@@ -214,7 +214,8 @@ def evaluator(
         wanted = list(outputs) if outputs is not None else None
 
         def by_onnxruntime(images: npt.NDArray[np.float32]) -> list[Array]:
-            found: list[Array] = session.run(wanted, {name: images})
+            with onnxruntime_errors("the model", require("onnxruntime").__version__):
+                found: list[Array] = session.run(wanted, {name: images})
             return found
 
         batch = session.get_inputs()[0].shape[0]

@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
-from onnx import ModelProto, helper, numpy_helper
+from collections.abc import Sequence
 
-from deploycnn.graph.model import consumers, initializers, producers, sort_nodes
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from deploycnn.graph.model import attribute, initializers, producers, sort_nodes
 from deploycnn.graph.names import names_taken, unique
 
 
-def lift_pads(model: ModelProto) -> int:
-    """Let each ``Pad`` between Q and DQ (``RulePack.on_integers``) stand between DQ and Q, in place; return how many.
+def lift_pads(model: ModelProto) -> dict[str, str]:
+    """Let each ``Pad`` between Q and DQ (``RulePack.on_integers``) stand between DQ and Q, in place.
 
-    Others than those that pad with their zero point stay where they are.
+    One behind another is lifted too. Those stay where they are that pad with a number other than their zero point, or
+    have more than one.
+
+    Args:
+        model: Its nodes are sorted.
+
+    Returns:
+        Names of the Q and DQ that were added -> name of the ``Pad``.
     """
     graph = model.graph
-    constants, made_by, read_by = initializers(graph), producers(graph), consumers(graph)
+    constants, made_by = initializers(graph), producers(graph)
     taken = names_taken(graph)
-    lifted = 0
+    lifted = dict[str, str]()
     for node in [held for held in graph.node if held.op_type == "Pad"]:
-        quantizer, readers = made_by.get(node.input[0]), read_by.get(node.output[0], [])
+        quantizer = made_by.get(node.input[0])
         if quantizer is None or quantizer.op_type != "QuantizeLinear":
             continue
         numbers = list(quantizer.input[1:])
-        filling, zero = (
-            constants.get(held.input[2]) if len(held.input) > 2 else None for held in (node, quantizer)
-        )
-        if (
-            filling is None
-            or zero is None
-            or numpy_helper.to_array(filling).item() != numpy_helper.to_array(zero).reshape(-1)[0]
-            or any(held.op_type != "DequantizeLinear" or list(held.input[1:]) != numbers for held in readers)
-        ):
+        if not _pads_zeros(node, numbers, constants):
             continue
         real = unique(f"{node.output[0]}.real", taken)
         padded = unique(f"{node.output[0]}.padded", taken | {real})
         taken |= {real, padded}
+        rounding = helper.make_node("QuantizeLinear", [padded, *numbers], [node.output[0]], name=padded)
         graph.node.append(helper.make_node("DequantizeLinear", [node.input[0], *numbers], [real], name=real))
-        graph.node.append(
-            helper.make_node("QuantizeLinear", [padded, *numbers], [node.output[0]], name=padded)
-        )
-        node.input[0], node.input[2], node.output[0] = real, "", padded
-        lifted += 1
+        graph.node.append(rounding)
+        made_by[node.output[0]] = rounding
+        node.input[0], node.output[0] = real, padded
+        if len(node.input) > 2:
+            node.input[2] = ""
+        lifted |= {real: node.name, padded: node.name}
     if lifted:
         sort_nodes(model)
     return lifted
+
+
+def _pads_zeros(node: NodeProto, numbers: list[str], constants: dict[str, TensorProto]) -> bool:
+    """Whether a ``Pad`` of integers adds what their scale and zero point read as 0, or copies of what is there."""
+    if any(name in constants and numpy_helper.to_array(constants[name]).size != 1 for name in numbers):
+        return False
+    if attribute(node, "mode", b"constant") not in {b"constant", "constant"}:
+        return True
+    filling, zero = (
+        numpy_helper.to_array(constants[name]).item() if name in constants else (None if name else 0)
+        for name in (_input(node.input, 2), _input(numbers, 1))
+    )
+    return filling is not None and filling == zero
+
+
+def _input(names: Sequence[str], position: int) -> str:
+    return names[position] if len(names) > position else ""

@@ -122,7 +122,10 @@ def lint_graph(model: ModelProto, pack: RulePack) -> tuple[Finding, ...]:
         found = list(storage_findings(model, pack, only_weights=only_weights))
         if only_weights:
             pack = packs.weights_only(pack)
-        found += [*number_findings(reading, pack), *edge_findings(reading, pack)]
+        read = (*number_findings(reading, pack), *edge_findings(reading, pack))
+        found += dict.fromkeys(
+            (identifier, reading.lifted.get(node, node), what) for identifier, node, what in read
+        )
     milder = _MILDER.get(pack.target, frozenset[str]())
     findings = []
     for identifier, node, what in found:

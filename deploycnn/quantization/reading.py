@@ -71,6 +71,7 @@ class Reading:
         outputs: Q/DQ pairs in front of graph outputs, by value of ``model``.
         quantizers: QuantizeLinear nodes by the value (of ``model``) that they round.
         again: QuantizeLinear nodes that round what is rounded already.
+        lifted: Q and DQ that the file does not have -> the ``Pad`` on integers that they stand for.
     """
 
     model: ModelProto = field(default_factory=ModelProto)
@@ -79,6 +80,7 @@ class Reading:
     outputs: dict[str, Rounding] = field(default_factory=dict)
     quantizers: dict[str, list[str]] = field(default_factory=dict)
     again: list[str] = field(default_factory=list)
+    lifted: dict[str, str] = field(default_factory=dict)
 
 
 def read_qdq(model: ModelProto) -> Reading:
@@ -91,8 +93,7 @@ def read_qdq(model: ModelProto) -> Reading:
     named.CopyFrom(model)
     name_nodes(named)
     source = simplify(named)
-    lift_pads(source)
-    reading = Reading()
+    reading = Reading(lifted=lift_pads(source))
     _Stripper(source, reading).strip()
     _widen(reading.model)
     reading.model = infer_shapes(simplify(raise_opset(reading.model, MIN_OPSET)))
