@@ -4,17 +4,16 @@ Between two roundings the module computes in float32, whose last bits decide whi
 steps goes. One step there moves some values of the next layer over such a middle, and so on: behind many layers two
 correct implementations differ by as much as rounding itself does. So what runs is modelled bit by bit here, for
 evaluation: products are summed exactly, and rounded as MLAS does it (``qlinearconv.cc``, ``requantize.cpp``,
-``qladd.cpp``, ``qlgavgpool.cpp``).
+``qladd.cpp``, ``qlmul.cpp``, ``qlgavgpool.cpp``).
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional
 
 from deploycnn.graph.bridge.fake_quant import FakeQuantize, QuantizedConv2d, QuantizedLinear
@@ -27,11 +26,9 @@ _EXACT_IN_FLOAT32 = 2**24
 #: Functions that move values and change none, also outside a Q/DQ pair.
 _MOVERS = frozenset({torch.flatten, torch.permute})
 
-_SUMS = frozenset({torch.add, operator.add})
-
 
 @dataclass(frozen=True, slots=True)
-class _Products:
+class _Layer:
     """A layer's sums of products, bias included, and what one of them is worth."""
 
     sums: Tensor
@@ -43,11 +40,15 @@ class _Products:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sum:
-    """Two values on grids that are added."""
+class _Pair:
+    """Two values on grids."""
 
     values: tuple[Tensor, Tensor]
     grids: tuple[FakeQuantize, FakeQuantize]
+
+
+class _Sum(_Pair):
+    """Two values on grids that are added."""
 
     def rounded(self, target: FakeQuantize) -> Tensor:
         """Integers minus zero point, which takes part in the float32 sum.
@@ -64,6 +65,21 @@ class _Sum:
         )
         fixed = zero - _fused(zeros[0], ratios[0], ratios[1] * zeros[1])
         return _fused(one, ratios[0], _fused(other, ratios[1], fixed)).round() - zero
+
+
+class _Product(_Pair):
+    """Two values on grids that are multiplied."""
+
+    def rounded(self, target: FakeQuantize) -> Tensor:
+        """Integers minus zero point, which takes part in the float32 product."""
+        one, other = (_steps(value, grid) for value, grid in zip(self.values, self.grids, strict=True))
+        ratio = self.grids[0].scale * self.grids[1].scale / target.scale
+        zero = target.zero_point.float()
+        return (one * other * ratio + zero).round() - zero
+
+
+#: What is made of two values on grids.
+_PAIRS: dict[Any, type[_Sum | _Product]] = {torch.add: _Sum, torch.mul: _Product}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +99,14 @@ class _Mean:
 class IntegerKernels(fx.Interpreter):
     """Runs a module of :func:`~deploycnn.graph.bridge.importer.to_torch` in integers, without gradients.
 
-    Convolutions, linear layers, additions of two values and global means that stand between roundings with one scale
-    for a whole activation are modelled; whatever else there is computes in float32, as in the module.
+    Convolutions, linear layers, additions and products of two values and global means that stand between roundings
+    with one scale for a whole activation are modelled; whatever else there is computes in float32, as in the module.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self._modules = dict(module.named_modules())
-        self._pending: dict[fx.Node, _Products | _Sum | _Mean] = {}
+        self._pending: dict[fx.Node, _Layer | _Sum | _Product | _Mean] = {}
 
     def __call__(self, *images: Tensor) -> Any:
         """Outputs of the graph; no gradients."""
@@ -99,17 +115,25 @@ class IntegerKernels(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node."""
-        if n.op == "call_module":
-            return self._run_module(n, self._modules[str(n.target)])
-        grids = [self._grid(value) for value in n.args[:2]]
-        if n.op == "call_function" and n.target in _SUMS and len(n.args) == 2 and None not in grids:
-            one, other = (self.env[value] for value in n.args if isinstance(value, fx.Node))
-            self._pending[n] = _Sum((one, other), (grids[0], grids[1]))  # type: ignore[arg-type]
-        elif n.op == "call_function" and n.target is global_average and grids[0] is not None:
-            self._pending[n] = _Mean(self.env[n.args[0]], grids[0])  # type: ignore[index]
-        return super().run_node(n)
+        if n.op == "call_function":
+            self._note(n)
+        value = self._run_module(n) if n.op == "call_module" else super().run_node(n)
+        for done in self.user_to_last_uses.get(n, ()):
+            self._pending.pop(done, None)
+        return value
 
-    def _run_module(self, node: fx.Node, module: nn.Module) -> Any:
+    def _note(self, node: fx.Node) -> None:
+        """Keep what a function is given, where the rounding behind it depends on it."""
+        operands = [value for value in node.args[:2] if isinstance(value, fx.Node)]
+        values = [self.env[operand] for operand in operands]
+        grids = [grid for operand in operands if (grid := self._grid(operand)) is not None]
+        if node.target in _PAIRS and len(node.args) == len(grids) == 2:
+            self._pending[node] = _PAIRS[node.target]((values[0], values[1]), (grids[0], grids[1]))
+        elif node.target is global_average and grids:
+            self._pending[node] = _Mean(values[0], grids[0])
+
+    def _run_module(self, node: fx.Node) -> Any:
+        module = self._modules[str(node.target)]
         source = node.args[0] if node.args else None
         if isinstance(module, QuantizedConv2d | QuantizedLinear):
             grid = self._grid(source)
@@ -152,7 +176,7 @@ def _fused(factor: Tensor, other: Tensor, term: Tensor) -> Tensor:
     return (factor.double() * other.double() + term.double()).float()
 
 
-def _multiply(module: QuantizedConv2d | QuantizedLinear, value: Tensor, grid: FakeQuantize) -> _Products:
+def _multiply(module: QuantizedConv2d | QuantizedLinear, value: Tensor, grid: FakeQuantize) -> _Layer:
     quantizer = module.weight_fake_quant
     length = module.weight.shape[0]
     spread = quantizer.spread(quantizer.zero_point, module.weight.ndim, length)
@@ -176,4 +200,4 @@ def _multiply(module: QuantizedConv2d | QuantizedLinear, value: Tensor, grid: Fa
             sums += module.bias_fake_quant.quantize(module.bias).double().reshape(shape)
         else:
             sums += module.bias.double().reshape(shape) / worth.double()
-    return _Products(sums.float(), worth)
+    return _Layer(sums.float(), worth)
