@@ -97,8 +97,8 @@ class Qat(QatSettings, Pass):
             ctx=ctx,
             learn_scales=self.learn_scales,
             parity_count=_PARITY_IMAGES,
+            min_agreement=self.min_agreement,
         )
-        tuned.agreement.check(self.min_agreement, "qat")
         set_metadata(tuned.model, get_metadata(quantized))
         path = ctx.output / MAIN_FILE["onnx"]
         check_onnx(tuned.model, "qat: the trained graph")

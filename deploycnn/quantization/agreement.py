@@ -55,7 +55,7 @@ class Agreement:
         # Written so that NaN fails.
         if not self.within_one_step >= least:
             raise ParityError(
-                f"{what}: onnxruntime's logits are within one step ({self.step:.3g}) of the trained graph's on "
+                f"{what}: onnxruntime's logits are within one step ({self.step:.3g}) of the trainable graph's on "
                 f"{100 * self.within_one_step:.2f}% of values ({self.images} {self.source}), at least "
                 f"{100 * least:.2f}% are demanded; the largest difference is {self.max_steps:.1f} steps; lower "
                 "`min_agreement` if that is acceptable"

@@ -75,6 +75,7 @@ def fine_tune(
     ctx: Context,
     learn_scales: bool,
     parity_count: int,
+    min_agreement: float = 0.0,
 ) -> Tuned:
     """Train a Q/DQ graph.
 
@@ -90,8 +91,10 @@ def fine_tune(
         ctx: Seed, device, threads, scratch folder, progress and log.
         learn_scales: Train scales too (LSQ, Esser et al. 2020).
         parity_count: Images on which the module and onnxruntime are compared.
+        min_agreement: Share of logits that must be within one step, before training and after it.
 
     Raises:
+        ParityError: fewer are.
         PassRequirementError: the bridge lacks an operator, nothing is quantized, or the outputs do not fit the data.
         TrainingError: the loss, or a scale, became useless.
     """
@@ -105,6 +108,23 @@ def fine_tune(
     classification.check_model(
         bridge.module, torch.from_numpy(sample), len(data.dataset.classes), "qat: the model"
     )
+    images, where = parity_images(data, (0, 0, 0), parity_count, ctx.seed)
+
+    def compared(module: nn.Module, model: ModelProto, what: str) -> Agreement:
+        found = measure_agreement(
+            module,
+            model,
+            images,
+            source=where,
+            threads=ctx.threads,
+            integers=not saturates_here(model),
+        )
+        found.check(min_agreement, what)
+        return found
+
+    if min_agreement > 0:
+        # Where much is left in float both drift apart from the start: nobody should learn that after hours.
+        compared(bridge.module, quantized, "qat: before any training")
     history = fit(Frozen(bridge.module), data, settings, loss=loss, ctx=ctx)
     _check_scales(bridge)
     scales = len(bridge.quantizers()) if learn_scales else 0
@@ -119,15 +139,7 @@ def fine_tune(
     trained = bridge.write_back()
     if was_packed:
         pack(trained)
-    images, where = parity_images(data, (0, 0, 0), parity_count, ctx.seed)
-    agreement = measure_agreement(
-        bridge.module,
-        trained,
-        images,
-        source=where,
-        threads=ctx.threads,
-        integers=not saturates_here(trained),
-    )
+    agreement = compared(bridge.module, trained, "qat: the trained graph")
     return Tuned(
         model=trained, history=history, agreement=agreement, improved=improved, scales_learned=scales
     )

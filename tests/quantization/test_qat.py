@@ -21,7 +21,7 @@ from deploycnn.graph.observe import observe
 from deploycnn.graph.parity import evaluator
 from deploycnn.graph.probe import parity_images
 from deploycnn.quantization import packs, qat
-from deploycnn.quantization.agreement import measure_agreement, saturates_here
+from deploycnn.quantization.agreement import Agreement, measure_agreement, saturates_here
 from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.packed import widen
 from deploycnn.quantization.placement import place
@@ -175,6 +175,29 @@ def test_a_fault_in_the_file_is_found(full: ModelProto, tuned: qat.Tuned) -> Non
         found.check(0.999, "here")
     with pytest.raises(ParityError):
         replace(found, within_one_step=float("nan")).check(0.0, "here")
+
+
+def test_a_graph_that_drifts_apart_is_refused_before_it_is_trained(
+    full: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drifting(*given: Any, **named: Any) -> Agreement:
+        return replace(measure_agreement(*given, **named), within_one_step=0.998)
+
+    monkeypatch.setattr(qat, "measure_agreement", drifting)
+    monkeypatch.setattr(qat, "fit", lambda *_given, **_named: pytest.fail("it was trained"))
+    settings = QatSettings(epochs=1)
+    with pytest.raises(ParityError, match=r"before any training: .* 99.80% .* `min_agreement`"):
+        qat.fine_tune(
+            quantize(full, INT4),
+            full,
+            DATA,
+            settings,
+            loss=Distillation(teacher=GraphTeacher(full, 1), method=settings.method, **settings.weights),
+            ctx=make_context(tmp_path, DATA),
+            learn_scales=True,
+            parity_count=30,
+            min_agreement=0.999,
+        )
 
 
 def test_every_weight_bias_and_scale_gets_a_gradient(full: ModelProto) -> None:
