@@ -20,6 +20,7 @@ from deploycnn.graph.model import attribute, infer_shapes, sort_nodes
 from deploycnn.graph.names import unique
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.grids import Grid, activation_parameters, clips_alike
+from deploycnn.quantization.guards import guard_float_layers
 from deploycnn.quantization.placement import output_axis
 from deploycnn.quantization.structure import Structure
 from deploycnn.quantization.types import ActivationPlan, IntegerWeight, Plan, Ranges, WeightPlan
@@ -67,6 +68,8 @@ def build(
     for activation in plan.activations:
         builder.round(activation)
     builder.finish()
+    if plan.guards_float:
+        guard_float_layers(draft)
     return infer_shapes(draft)
 
 

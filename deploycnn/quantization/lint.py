@@ -15,6 +15,7 @@ from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.model import copy_of, is_quantized, load_onnx
 from deploycnn.quantization import packs
+from deploycnn.quantization.guards import requantized_layers
 from deploycnn.quantization.isa import Isa, detect_isa
 from deploycnn.quantization.lint_edges import edge_findings
 from deploycnn.quantization.lint_numbers import number_findings, storage_findings
@@ -123,6 +124,15 @@ def lint_graph(model: ModelProto, pack: RulePack) -> tuple[Finding, ...]:
         if only_weights:
             pack = packs.weights_only(pack)
         read = (*number_findings(reading, pack), *edge_findings(reading, pack))
+        if pack.guards_float:
+            found += [
+                (
+                    "QDQ113",
+                    node.name or node.output[0],
+                    f"{node.op_type} with float weights, between DQ and Q",
+                )
+                for node in requantized_layers(plain)
+            ]
         found += dict.fromkeys(
             (identifier, reading.lifted.get(node, node), what) for identifier, node, what in read
         )

@@ -80,7 +80,8 @@ class _Edges:
 
     def _is_float(self, node: NodeProto) -> bool:
         data, weights = self._sides(node)
-        return not weights and (not data or self._pack.style == "weights")
+        # In "units" it may read what was rounded for others, or by another layer's kernel.
+        return not weights and (not data or self._pack.style != "inputs")
 
     def findings(self) -> Iterator[Found]:
         """All kinds."""
@@ -98,7 +99,7 @@ class _Edges:
                 continue
             if node.name in self._unwanted:
                 yield "QDQ103", node.name, why
-            elif data != weights and self._pack.style != "weights":
+            elif data != weights and not self._is_float(node):
                 whole, half = ("input", "weights") if data else ("weights", "input")
                 yield (
                     "QDQ101",

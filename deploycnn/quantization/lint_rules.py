@@ -212,6 +212,13 @@ _ALL = (
         title="a value that is rounded more than once",
         mend="keep one Q/DQ pair per value",
     ),
+    Rule(
+        id="QDQ113",
+        severity="error",
+        title="a layer left in float, which onnxruntime makes integers of with one scale for all its weights",
+        mend="put a LeakyRelu behind it (slope 1 changes nothing, slope 0 is ReLU), quantize it, or disable "
+        "onnxruntime's optimizer WeightBiasQuantization",
+    ),
 )
 
 RULES = {rule.id: rule for rule in _ALL}

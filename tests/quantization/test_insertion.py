@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,8 +41,11 @@ def spread(model: ModelProto, pack: RulePack, bounds: Range = (-2.0, 3.0)) -> di
     return dict.fromkeys(ranges_needed(place(model, pack)), bounds)
 
 
-def quantized(model: ModelProto, pack: RulePack, bounds: Range = (-2.0, 3.0)) -> ModelProto:
-    made = build(model, place(model, pack), spread(model, pack, bounds))
+def quantized(
+    model: ModelProto, pack: RulePack, bounds: Range = (-2.0, 3.0), *, keep_float: Collection[str] = ()
+) -> ModelProto:
+    plan = place(model, pack, keep_float)
+    made = build(model, plan, dict.fromkeys(ranges_needed(plan), bounds))
     onnx.checker.check_model(made, full_check=True)
     return made
 

@@ -23,6 +23,7 @@ from deploycnn.quantization.lint_rules import RULES
 from deploycnn.quantization.packed import packed
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.reading import read_qdq
+from deploycnn.quantization.structure import COMPUTE
 from tests.quantization.test_insertion import padded_shortcut, quantized
 from tests.quantization.test_placement import inception, residual, silu, squeeze
 
@@ -42,6 +43,24 @@ def rules(model: ModelProto, pack: RulePack) -> dict[str, list[str]]:
 def test_our_own_placement_is_clean(make: Callable[[], ModelProto], target: str) -> None:
     pack = packs.get(target)
     assert rules(quantized(make(), pack), pack) == {}
+
+
+@pytest.mark.parametrize("target", ["cpu", "openvino"])
+@pytest.mark.parametrize("make", [residual, silu, squeeze, inception, padded_shortcut])
+def test_our_own_file_with_a_layer_in_float_has_a_note(make: Callable[[], ModelProto], target: str) -> None:
+    pack, full = packs.get(target), make()
+    for node in full.graph.node:
+        if node.op_type in COMPUTE:
+            model = quantized(full, pack, keep_float=(node.name,))
+            assert rules(model, pack) == {"QDQ102": [node.name]}
+
+
+def test_a_float_layer_that_onnxruntime_makes_integers_of_is_found() -> None:
+    full = residual()
+    layer = [node.name for node in full.graph.node if node.op_type == "Conv"][1]
+    model = quantized(full, replace(CPU, guards_float=False), keep_float=(layer,))
+    assert rules(model, CPU) == {"QDQ102": [layer], "QDQ113": [layer]}
+    assert rules(model, packs.get("openvino")) == {"QDQ102": [layer]}
 
 
 def test_padding_on_integers_is_read_as_padding_of_real_numbers() -> None:
