@@ -147,12 +147,13 @@ def test_disagreement_with_onnxruntime_is_an_error_and_nothing_is_written(
 ) -> None:
     from deploycnn.quantization import qat
 
-    measured = qat.measure_agreement
+    for name in ("measure_agreement", "measure_by_layer"):
+        measured = getattr(qat, name)
 
-    def poor(*arguments: Any, **options: Any) -> Any:
-        return replace(measured(*arguments, **options), within_one_step=0.5)
+        def poor(*arguments: Any, measured: Any = measured, **options: Any) -> Any:
+            return replace(measured(*arguments, **options), within_one_step=0.5)
 
-    monkeypatch.setattr(qat, "measure_agreement", poor)
+        monkeypatch.setattr(qat, name, poor)
     ctx = context(tmp_path, chain)
     with pytest.raises(ParityError, match=r"50\.00% of values"):
         Qat(**{**QUICK, "epochs": 0}).run(chain[1], ctx)

@@ -21,7 +21,12 @@ from deploycnn.graph.observe import observe
 from deploycnn.graph.parity import evaluator
 from deploycnn.graph.probe import parity_images
 from deploycnn.quantization import packs, qat
-from deploycnn.quantization.agreement import Agreement, measure_agreement, saturates_here
+from deploycnn.quantization.agreement import (
+    Agreement,
+    measure_agreement,
+    measure_by_layer,
+    saturates_here,
+)
 from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.packed import widen
 from deploycnn.quantization.placement import place
@@ -35,6 +40,8 @@ from deploycnn.training.losses import CrossEntropy, Distillation
 from deploycnn.training.settings import TrainingSettings
 from deploycnn.training.teacher import GraphTeacher
 from tests.graph.nets import Residual, images, randomized
+from tests.quantization.test_insertion import padded_shortcut
+from tests.quantization.test_insertion import quantized as placed
 from tests.training.support import make_context, make_data
 
 DATA = make_data()
@@ -160,14 +167,7 @@ def test_scales_change_and_nodes_do_not(full: ModelProto, tuned: qat.Tuned) -> N
 
 def test_a_fault_in_the_file_is_found(full: ModelProto, tuned: qat.Tuned) -> None:
     module = to_torch(tuned.model).module
-    spoiled = ModelProto()
-    spoiled.CopyFrom(tuned.model)
-    bias = next(
-        item for item in spoiled.graph.initializer if "bias_quantized" in item.name and item.data_type == 6
-    )
-    array = numpy_helper.to_array(bias).copy()
-    array[0] += 10 * np.abs(array).max()
-    bias.CopyFrom(numpy_helper.from_array(array, bias.name))
+    spoiled, _ = spoiled_bias(tuned.model, 0)
     batch = parity_images(DATA, (3, 8, 8), 30, 0)[0]
     found = measure_agreement(module, spoiled, batch, source="val images", threads=1, integers=False)
     assert found.within_one_step < 0.9
@@ -177,27 +177,88 @@ def test_a_fault_in_the_file_is_found(full: ModelProto, tuned: qat.Tuned) -> Non
         replace(found, within_one_step=float("nan")).check(0.0, "here")
 
 
-def test_a_graph_that_drifts_apart_is_refused_before_it_is_trained(
+def spoiled_bias(model: ModelProto, which: int) -> tuple[ModelProto, str]:
+    """A copy with a fault in one layer's bias, and the name of that layer's node."""
+    spoiled = ModelProto()
+    spoiled.CopyFrom(model)
+    bias = [
+        item for item in spoiled.graph.initializer if "bias_quantized" in item.name and item.data_type == 6
+    ][which]
+    array = numpy_helper.to_array(bias).copy()
+    array[0] += 10 * np.abs(array).max()
+    bias.CopyFrom(numpy_helper.from_array(array, bias.name))
+    rounded = next(node.output[0] for node in spoiled.graph.node if bias.name in node.input)
+    return spoiled, next(node.name for node in spoiled.graph.node if rounded in node.input)
+
+
+def test_layer_by_layer_the_faulty_one_is_named(full: ModelProto) -> None:
+    quantized = quantize(full, INT4)
+    bridge, batch = to_torch(quantized), parity_images(DATA, (3, 8, 8), 30, 0)[0]
+    good = measure_by_layer(bridge, quantized, batch, source="val images", threads=1)
+    assert (good.within_one_step, good.top1_agreement, good.images) == (1.0, 1.0, 30)
+    assert good.max_steps <= 1.001
+    spoiled, layer = spoiled_bias(quantized, 0)
+    found = measure_by_layer(bridge, spoiled, batch, source="val images", threads=1)
+    # One channel of eight, and no other layer: each is given what the file computes before it.
+    assert 0.85 < found.within_one_step < 0.95
+    behind = next(node for node in spoiled.graph.node if node.name == found.worst)
+    maker = next(node for node in spoiled.graph.node if behind.input[0] in node.output)
+    assert maker.name == layer
+    with pytest.raises(
+        ParityError, match=f'given onnxruntime\'s values before it, "{found.worst}" is within'
+    ):
+        found.check(0.999, "here")
+
+
+def test_one_quantizer_in_several_places_is_compared_in_each() -> None:
+    pack = packs.get("onnxruntime-cpu")
+    model = placed(padded_shortcut(), pack)
+    shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim][1:]
+    batch = np.random.default_rng(0).uniform(-2, 3, (9, *shape)).astype(np.float32)
+    found = measure_by_layer(to_torch(model), model, batch, source="noise", threads=1)
+    assert (found.within_one_step, found.images) == (1.0, 9)
+
+
+def test_what_drifts_apart_end_to_end_is_compared_layer_by_layer(
     full: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def drifting(*given: Any, **named: Any) -> Agreement:
-        return replace(measure_agreement(*given, **named), within_one_step=0.998)
-
     monkeypatch.setattr(qat, "measure_agreement", drifting)
-    monkeypatch.setattr(qat, "fit", lambda *_given, **_named: pytest.fail("it was trained"))
+    tuned = trained(full, tmp_path)
+    assert tuned.agreement.by_layer
+    assert tuned.agreement.within_one_step == 1.0
+
+
+def drifting(*given: Any, **named: Any) -> Agreement:
+    return replace(measure_agreement(*given, **named), within_one_step=0.998)
+
+
+def trained(full: ModelProto, folder: Path) -> qat.Tuned:
     settings = QatSettings(epochs=1)
+    return qat.fine_tune(
+        quantize(full, INT4),
+        full,
+        DATA,
+        settings,
+        loss=Distillation(teacher=GraphTeacher(full, 1), method=settings.method, **settings.weights),
+        ctx=make_context(folder, DATA),
+        learn_scales=True,
+        parity_count=30,
+        min_agreement=0.999,
+    )
+
+
+def test_what_onnxruntime_does_not_compute_is_refused_before_it_is_trained(
+    full: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qat, "measure_agreement", drifting)
+    monkeypatch.setattr(
+        qat,
+        "measure_by_layer",
+        lambda *given, **named: replace(measure_by_layer(*given, **named), within_one_step=0.998),
+    )
+    monkeypatch.setattr(qat, "fit", lambda *_given, **_named: pytest.fail("it was trained"))
     with pytest.raises(ParityError, match=r"before any training: .* 99.80% .* `min_agreement`"):
-        qat.fine_tune(
-            quantize(full, INT4),
-            full,
-            DATA,
-            settings,
-            loss=Distillation(teacher=GraphTeacher(full, 1), method=settings.method, **settings.weights),
-            ctx=make_context(tmp_path, DATA),
-            learn_scales=True,
-            parity_count=30,
-            min_agreement=0.999,
-        )
+        trained(full, tmp_path)
 
 
 def test_every_weight_bias_and_scale_gets_a_gradient(full: ModelProto) -> None:
