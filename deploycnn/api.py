@@ -108,7 +108,11 @@ def compress(
     events = events or Silent()
     loaded = load_recipe(recipe, overrides=overrides, data=data, weights=weights)
     check_chains(loaded)
-    measure.require_reference(loaded.runtimes)
+    measure.require_reference(
+        loaded.runtimes,
+        "; or make the variants without measuring (`deploycnn export`), or name another reference first in "
+        "`profile: {runtimes: [...]}`",
+    )
     opened = open_data(loaded)
     with Store.open(_folder(loaded, out)) as store:
         files.write_text(store.root / "recipe.yaml", recipes.dump(loaded))

@@ -98,15 +98,19 @@ def full_spec(spec: str) -> str:
     return ":".join(parse_spec(spec))
 
 
-def require_reference(runtimes: Sequence[str]) -> None:
+def require_reference(runtimes: Sequence[str], instead: str = "") -> None:
     """Check, before anything is computed, that the reference runtime works here.
+
+    Args:
+        runtimes: The first is the reference.
+        instead: What can be done without it.
 
     Raises:
         RuntimeUnavailable: it does not; says why and how to mend it.
     """
     found = create(runtimes[0]).availability()
     if not found.ok:
-        raise RuntimeUnavailable(f"{full_spec(runtimes[0])}: {found.why}; {found.mend}")
+        raise RuntimeUnavailable(f"{full_spec(runtimes[0])}: {found.why}; {found.mend}{instead}")
 
 
 def thread_counts(wanted: Sequence[int | str]) -> tuple[int, ...]:

@@ -48,7 +48,9 @@ def absorb_high_biases(
     graph = Structure(model)
     chains = list(_absorbing(graph))
     if not chains:
-        raise PassRequirementError("bias absorption: no ReLU stands alone between layers without padding")
+        raise PassRequirementError(
+            "bias absorption: no ReLU stands alone between layers without padding; leave absorb_bias out"
+        )
     least: dict[str, Floats] = {}
 
     def visit(name: str, content: npt.NDArray[np.float32]) -> None:

@@ -70,7 +70,7 @@ def equalize(
     groups = channel_groups(model, through_gates=through_gates)
     if not groups:
         raise PassRequirementError(
-            "equalization: no layer's output channels can be rescaled in the layers that read them"
+            "equalization: no layer's output channels can be rescaled in the layers that read them; leave equalize out"
         )
     peaks = channel_peaks(
         model, [name for group in groups for name in group.values], images, threads=threads, progress=progress

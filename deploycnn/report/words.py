@@ -127,7 +127,13 @@ def flat(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        text = f"{value:.4g}"
+        # 99.999 percent are not 100.
+        return (
+            f"{value:g}"
+            if float(text).is_integer() and not value.is_integer() and abs(value) < 1000
+            else text
+        )
     if value is None:
         return NOTHING
     if isinstance(value, dict):

@@ -115,7 +115,7 @@ class IntegerKernels(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node."""
-        if n.op == "call_function":
+        if n.op == "call_function" and len(n.users) == 1:
             self._note(n)
         value = self._run_module(n) if n.op == "call_module" else super().run_node(n)
         for done in self.user_to_last_uses.get(n, ()):
@@ -137,7 +137,8 @@ class IntegerKernels(fx.Interpreter):
         source = node.args[0] if node.args else None
         if isinstance(module, QuantizedConv2d | QuantizedLinear):
             grid = self._grid(source)
-            if grid is not None and isinstance(source, fx.Node):
+            # What others read too is computed in float, and rounded for each.
+            if grid is not None and isinstance(source, fx.Node) and len(node.users) == 1:
                 found = _multiply(module, self.env[source], grid)
                 self._pending[node] = found
                 return found.sums * found.worth
@@ -199,5 +200,6 @@ def _multiply(module: QuantizedConv2d | QuantizedLinear, value: Tensor, grid: Fa
         if module.bias_fake_quant is not None:
             sums += module.bias_fake_quant.quantize(module.bias).double().reshape(shape)
         else:
-            sums += module.bias.double().reshape(shape) / worth.double()
+            # Float biases are rounded to the integers of the sums when the file is loaded.
+            sums += (module.bias.detach().reshape(shape) / worth).round().double()
     return _Layer(sums.float(), worth)
