@@ -3,17 +3,19 @@
 On x86 it has two: one that copies windows into a matrix, and one that reads the image in place. The latter wants input
 channels in fours and output channels in eights (``MlasConvSym``), which images do not have. So they get channels of
 zeros, and kernels get zeros for these. Exact. The channels are added to the rounded image (``RulePack.on_integers``),
-which is a copy of bytes.
+which is a copy of bytes. A first layer that stays float gives them back: there they cost 4 to 6% of ResNet-18.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploycnn.graph.cleanup import remove_unused
 from deploycnn.graph.model import attribute, infer_shapes, initializers, names_used, sort_nodes
 from deploycnn.graph.names import names_taken, unique
+from deploycnn.quantization.structure import Structure
 
 #: What ``MlasConvSym`` asks of input and output channels on x86.
 _INPUTS, _OUTPUTS = 4, 8
@@ -39,12 +41,8 @@ def align_first_layers(model: ModelProto) -> int:
         padded, stored = unique(f"{node.name}/Pad", taken), node.input[1]
         output = unique(f"{node.name}/Pad_output", taken)
         weight = np.pad(numpy_helper.to_array(weights[stored]), ((0, 0), (0, missing), (0, 0), (0, 0)))
-        if sum(list(names_used(other)).count(stored) for other in model.graph.node) > 1:
-            stored = unique(f"{stored}_aligned", taken)
-            model.graph.initializer.append(TensorProto(name=stored))
-            weights[stored] = model.graph.initializer[-1]
+        stored = _store(model, stored, weight, taken)
         taken |= {amounts, padded, output, stored}
-        weights[stored].CopyFrom(numpy_helper.from_array(weight, stored))
         counts = np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64)
         model.graph.initializer.append(numpy_helper.from_array(counts, amounts))
         model.graph.node.append(helper.make_node("Pad", [node.input[0], amounts], [output], name=padded))
@@ -55,3 +53,46 @@ def align_first_layers(model: ModelProto) -> int:
         remove_unused(model)
         model.CopyFrom(infer_shapes(model))
     return changed
+
+
+def release_float_layers(model: ModelProto) -> int:
+    """Take channels of zeros away from convolutions that stayed float, in place; return from how many."""
+    graph = Structure(model)
+    taken, changed = names_taken(model.graph), 0
+    for node in graph.nodes:
+        maker = graph.made_by.get(node.input[0]) if node.op_type == "Conv" else None
+        if maker is None or maker.op_type != "Pad" or node.input[1] not in graph.constants:
+            continue
+        if attribute(node, "group", 1) != 1:
+            continue
+        weight = numpy_helper.to_array(graph.constants[node.input[1]])
+        added = _added_channels(graph, maker)
+        if weight.dtype != np.float32 or not 0 < added < weight.shape[1] or weight[:, -added:].any():
+            continue
+        stored = _store(model, node.input[1], weight[:, :-added], taken)
+        taken.add(stored)
+        node.input[0], node.input[1] = maker.input[0], stored
+        changed += 1
+    if changed:
+        remove_unused(model)
+    return changed
+
+
+def _added_channels(graph: Structure, pad: NodeProto) -> int:
+    """How many channels of zeros a ``Pad`` puts behind the others, where it does nothing else."""
+    amounts = graph.constants.get(pad.input[1]) if len(pad.input) > 1 else None
+    if amounts is None or len(pad.input) > 3 or not graph.pads_zeros(pad):
+        return 0
+    held = numpy_helper.to_array(amounts)
+    added = int(held[5]) if held.size == 8 else 0
+    return added if held.tolist() == [0, 0, 0, 0, 0, added, 0, 0] else 0
+
+
+def _store(model: ModelProto, name: str, weight: npt.NDArray[np.float32], taken: set[str]) -> str:
+    """Other content for an initializer; under a new name where others read it too. Return its name."""
+    if sum(list(names_used(node)).count(name) for node in model.graph.node) > 1:
+        name = unique(f"{name}_aligned", taken)
+        model.graph.initializer.append(TensorProto(name=name))
+    held = initializers(model.graph)[name]
+    held.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(weight), name))
+    return name

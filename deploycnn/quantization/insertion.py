@@ -19,6 +19,7 @@ from deploycnn.graph.cleanup import remove_unused
 from deploycnn.graph.model import attribute, infer_shapes, sort_nodes
 from deploycnn.graph.names import unique
 from deploycnn.graph.opset import raise_opset
+from deploycnn.quantization.first_layers import release_float_layers
 from deploycnn.quantization.grids import Grid, activation_parameters, clips_alike
 from deploycnn.quantization.guards import guard_float_layers
 from deploycnn.quantization.placement import output_axis
@@ -68,6 +69,7 @@ def build(
     for activation in plan.activations:
         builder.round(activation)
     builder.finish()
+    release_float_layers(draft)
     if plan.guards_float:
         guard_float_layers(draft)
     return infer_shapes(draft)

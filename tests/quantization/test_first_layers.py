@@ -17,7 +17,7 @@ from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import initializers, save_onnx
 from deploycnn.quantization import packs
 from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
-from deploycnn.quantization.first_layers import align_first_layers
+from deploycnn.quantization.first_layers import align_first_layers, release_float_layers
 from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.isa import Isa
@@ -181,6 +181,62 @@ def test_padding_that_no_integer_kernel_does_stays_in_front_of_the_rounding(mode
     by_input = {node.input[0]: node for node in quantized.graph.node}
     assert by_input[quantized.graph.input[0].name].op_type == first
     assert operators(quantized).count("QuantizeLinear") == 2  # the image's and the output's
+
+
+def test_a_first_layer_that_stays_float_gives_its_channel_back() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    pack = packs.get("cpu", Isa(name="avx512_vnni", saturates=False))
+    model = prepare(export_onnx(net, (3, 16, 16), opset=18), pack)
+    stem = next(node for node in model.graph.node if node.op_type == "Conv")
+    plan = place(model, pack, [stem.name])
+    quantized = build(
+        model, plan, choose_ranges(plan, calibrate(model, [images(model)], values=values_of(plan)))
+    )
+    first = next(node for node in quantized.graph.node if node.name == stem.name)
+    assert first.input[0] == quantized.graph.input[0].name
+    assert tuple(initializers(quantized.graph)[first.input[1]].dims) == (16, 3, 3, 3)
+    assert "Pad" not in operators(quantized)
+    assert tuple(initializers(model.graph)[stem.input[1]].dims) == (16, 4, 3, 3), (
+        "the float graph is as it was"
+    )
+    exact = net(torch.from_numpy(images(model))).detach().numpy()
+    assert np.abs(outputs(quantized, images(model)) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("amounts", "touched", "groups", "released"),
+    [
+        ([0, 0, 0, 0, 0, 1, 0, 0], False, 1, 1),
+        ([0, 0, 0, 0, 0, 1, 0, 0], True, 1, 0),  # its weights for that channel are not 0
+        ([0, 1, 0, 0, 0, 0, 0, 0], False, 1, 0),  # in front of the others
+        ([0, 0, 1, 1, 0, 1, 1, 1], False, 1, 0),  # pixels too
+        ([0, 0, 0, 0, 0, 1, 0, 0], False, 2, 0),
+    ],
+)
+def test_only_channels_that_count_for_nothing_are_given_back(
+    amounts: list[int], touched: bool, groups: int, released: int
+) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((8, 4 // groups, 3, 3)).astype(np.float32)
+    weight[:, -1] = float(touched)
+    nodes = [
+        helper.make_node("Pad", ["images", "amounts"], ["padded"], name="pad"),
+        helper.make_node("Conv", ["padded", "w"], ["y"], name="stem", group=groups),
+        helper.make_node("Conv", ["padded", "w"], ["z"], name="again", group=groups),
+    ]
+    held = [
+        numpy_helper.from_array(np.array(amounts, np.int64), "amounts"),
+        numpy_helper.from_array(weight, "w"),
+    ]
+    shapes = {"images": [2, 3, 8, 8], "y": None, "z": None}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], held)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    before = outputs(model, images(model))
+    assert release_float_layers(model) == 2 * released
+    assert ("Pad" in operators(model)) is not bool(released)
+    np.testing.assert_allclose(outputs(model, images(model)), before, rtol=1e-4, atol=1e-5)
 
 
 def test_other_machines_kernels_take_images_as_they_are() -> None:
