@@ -231,20 +231,21 @@ class _Builder:
             biased = [
                 (self._nodes[item.node], bias, scale)
                 for item in items
-                for bias, scale in self._integer_bias(self._nodes[item.node], weight)
+                for bias, scale in self._bias(self._nodes[item.node], weight)
             ]
+            # Float biases too: onnxruntime rounds them to int32 itself, and they overflow where weights are next to 0.
             for _, bias, scale in biased:
                 weight = with_room_for_bias(weight, bias, float(scale), items[0].number)
             self._store_weight(weight, items)
-            for node, bias, scale in biased:
+            for node, bias, scale in biased if self._plan.integer_bias else ():
                 self._store_bias(node, bias, scale, weight)
 
-    def _integer_bias(
+    def _bias(
         self, node: NodeProto, weight: IntegerWeight
     ) -> Iterable[tuple[npt.NDArray[np.float64], np.float32]]:
-        """The bias of a node and the scale of its input; nothing where it has none or it stays float."""
+        """The bias of a node and the scale of its input; nothing where either is missing."""
         scale = self._input_scale(node)
-        if not self._plan.integer_bias or scale is None or len(node.input) < 3 or not node.input[2]:
+        if scale is None or len(node.input) < 3 or not node.input[2]:
             return []
         bias = numpy_helper.to_array(self._graph.constants[node.input[2]]).astype(np.float64)
         channels = weight.integers.shape[output_axis(node)]

@@ -213,3 +213,29 @@ def test_a_layer_that_others_read_in_float_is_let_be(tmp_path: Path) -> None:
     model.graph.output.append(helper.make_tensor_value_info("exp", TensorProto.FLOAT, None))
     assert requantized_layers(model) == []
     assert not requantizes(model, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-7])
+@pytest.mark.parametrize("target", ["onnxruntime-cuda", "tensorrt", "cpu"])
+def test_biases_of_channels_next_to_zero_do_not_overflow(target: str, size: float, tmp_path: Path) -> None:
+    """Float biases too: onnxruntime rounds them to int32 at input scale x weight scale."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)
+    )
+    dead, last = layers[2], layers[4]
+    assert isinstance(dead, nn.Conv2d)
+    assert isinstance(last, nn.Conv2d)
+    with torch.no_grad():
+        dead.weight[3] *= size
+        dead.bias[3] = 0.7  # type: ignore[index]
+        last.weight[:, 3] = 1.0
+    pack = packs.get(target, VNNI)
+    full = prepare(export_onnx(layers.eval(), (8, 12, 12), opset=18, classes=None), pack)
+    plan = place(full, pack)
+    batch = images(8, (8, 12, 12))
+    model = build(full, plan, choose_ranges(plan, calibrate(full, [batch], values=values_of(plan))))
+    session, _ = loaded(model, tmp_path)
+    found = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    exact = evaluator(full)(batch)[0]
+    assert np.abs(found - exact).max() < 0.03 * np.abs(exact).max()
