@@ -124,7 +124,7 @@ def lint_graph(model: ModelProto, pack: RulePack) -> tuple[Finding, ...]:
         if only_weights:
             pack = packs.weights_only(pack)
         read = (*number_findings(reading, pack), *edge_findings(reading, pack))
-        if pack.guards_float:
+        if pack.guards_float and pack.target != "openvino":
             found += [
                 (
                     "QDQ113",

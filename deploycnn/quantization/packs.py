@@ -66,7 +66,7 @@ class RulePack:
         grouped_kernel: Grouped convolutions with a smaller kernel stay float.
         first_multiple: A first layer stays float unless its input or output channels are a multiple of this.
         integer_batchnorm: Batch norms that no convolution precedes become depthwise convolutions, to run on integers.
-        guards_float: Whether float layers between Q/DQ need a guard, without which the runtime makes integers of them
+        guards_float: Whether float layers between Q/DQ get a guard, without which onnxruntime makes integers of them
             (``guards.py``).
         rewrites: Exact rewrites of the float graph to make first (``rewrites.REWRITES``).
         note: What a user should know before quantizing for this target.
@@ -114,6 +114,7 @@ _CPU = RulePack(
     float_results=frozenset({"Gemm", "MatMul"}),
     constant_operands="scalar",
     tie_concat=True,
+    # For OpenVINO too, where it costs nothing: onnxruntime judges the accuracy of its files.
     guards_float=True,
     # Behind a convolution HardSwish and HardSigmoid are integer kernels; OpenVINO has its own way with them.
     rewrites=("remove_shuffles", "clip_by_range", "tile_gates", "merge_groups", "align_first_layers"),
@@ -149,7 +150,6 @@ PACKS: Mapping[str, RulePack] = {
             epilogues=frozenset({"HardSwish", "SiLU"}),
             # It computes them in one pass with the activation and the rounding behind them, from integers.
             integer_batchnorm=False,
-            guards_float=False,
             rewrites=("remove_shuffles",),
         ),
         replace(

@@ -128,7 +128,7 @@ class Plan:
         integer_bias: Whether biases become int32 (scale: input scale x weight scale), as CPU kernels want it.
         quantized_nodes: Names of the nodes that compute between DQ and Q, in graph order.
         on_integers: Operators that stand between Q and DQ instead, where that computes the same.
-        guards_float: Whether float layers between Q/DQ need a guard (``guards.py``).
+        guards_float: Whether float layers between Q/DQ get a guard (``guards.py``).
         kept_float: Convolutions and matrix products left in float -> why.
     """
 
