@@ -135,11 +135,11 @@ BEHIND = {
 
 
 def chain(layer: str, behind: list[str], *, again: bool = False) -> ModelProto:
-    """DQ, a layer with float weights, and what is behind it."""
+    """DQ, a layer with float weights, and what is behind it. Rounding leaves negative values, so that ReLU counts."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((8, 8) if layer == "Gemm" else (8, 8, 3, 3)).astype(np.float32)
     held = {
-        "scale": np.float32(0.05), "zero": np.uint8(0), "weight": weight, "low": np.float32(0),
+        "scale": np.float32(0.05), "zero": np.uint8(100), "weight": weight, "low": np.float32(0),
         "high": np.float32(6), "bias": rng.standard_normal(8).astype(np.float32),
     }  # fmt: skip
     nodes = [
