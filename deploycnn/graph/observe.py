@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -117,14 +118,17 @@ def observe(
     return done
 
 
-def exposing(model: ModelProto, values: Sequence[str]) -> ModelProto:
-    """``model`` with ``values`` as graph outputs."""
+def exposing(
+    model: ModelProto, values: Iterable[str], kinds: Mapping[str, int] = MappingProxyType({})
+) -> ModelProto:
+    """``model`` with ``values`` as graph outputs, float32 where ``kinds`` (of ``TensorProto``) does not say."""
     exposed = ModelProto()
     exposed.CopyFrom(model)
     present = {value.name for value in exposed.graph.output}
     for value in values:
         if value not in present:
-            exposed.graph.output.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
+            kind = kinds.get(value, TensorProto.FLOAT)
+            exposed.graph.output.append(helper.make_tensor_value_info(value, kind, None))
     return exposed
 
 

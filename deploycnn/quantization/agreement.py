@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import fx, nn
 
 from deploycnn.errors import ParityError
 from deploycnn.graph.bridge import Bridge, FakeQuantize
 from deploycnn.graph.bridge.integer_kernels import IntegerKernels
-from deploycnn.graph.model import copy_of, initializers, producers
-from deploycnn.graph.observe import image_input
+from deploycnn.graph.model import initializers, producers
+from deploycnn.graph.observe import exposing, image_input
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization.isa import detect_isa
 
@@ -140,15 +140,13 @@ def measure_by_layer(
         threads: CPU threads.
     """
     quantizers = _calls(bridge, model)
-    exposed, zeros = copy_of(model), initializers(model.graph)
-    held = {value.name for value in exposed.graph.output}
-    for node in quantizers.values():
-        kind = zeros[node.input[2]].data_type if len(node.input) > 2 else TensorProto.UINT8
-        if node.output[0] not in held:
-            exposed.graph.output.append(helper.make_tensor_value_info(node.output[0], kind, None))
-    logits = model.graph.output[0].name
+    zeros, logits = initializers(model.graph), model.graph.output[0].name
+    kinds = {
+        node.output[0]: zeros[node.input[2]].data_type if len(node.input) > 2 else TensorProto.UINT8
+        for node in quantizers.values()
+    }
     wanted = [logits, *(node.output[0] for node in quantizers.values())]
-    run = evaluator(exposed, threads=threads, outputs=wanted, integers=False)
+    run = evaluator(exposing(model, kinds, kinds), threads=threads, outputs=wanted, integers=False)
     led, ours, theirs = _Led(bridge.module.eval()), [], []
     with torch.inference_mode():
         for batch in _batches(images_NCHW, model, _BATCH_BY_LAYER):

@@ -8,6 +8,7 @@ keeps its statistics.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -114,26 +115,7 @@ def fine_tune(
         bridge.module, torch.from_numpy(sample), len(data.dataset.classes), "qat: the model"
     )
     images, where = parity_images(data, (0, 0, 0), parity_count, ctx.seed)
-
-    def compared(bridge: Bridge, model: ModelProto, what: str) -> Agreement:
-        found = measure_agreement(
-            bridge.module,
-            model,
-            images,
-            source=where,
-            threads=ctx.threads,
-            integers=not saturates_here(model),
-        )
-        if found.within_one_step < min_agreement:
-            ctx.log.info(
-                "%s: end to end %.2f%% of the logits are within one step of onnxruntime's; compared layer by layer",
-                what,
-                100 * found.within_one_step,
-            )
-            found = measure_by_layer(bridge, model, images, source=where, threads=ctx.threads)
-        found.check(min_agreement, what)
-        return found
-
+    compared = partial(_compared, images=images, source=where, least=min_agreement, ctx=ctx)
     if min_agreement > 0:
         # Nobody should learn after hours that the graph is not what onnxruntime runs.
         compared(bridge, quantized, "qat: before any training")
@@ -155,6 +137,40 @@ def fine_tune(
     return Tuned(
         model=trained, history=history, agreement=agreement, improved=improved, scales_learned=scales
     )
+
+
+def _compared(
+    bridge: Bridge,
+    model: ModelProto,
+    what: str,
+    *,
+    images: npt.NDArray[np.float32],
+    source: str,
+    least: float,
+    ctx: Context,
+) -> Agreement:
+    """The module against onnxruntime: end to end, or layer by layer where that is too little.
+
+    Raises:
+        ParityError: it is too little either way.
+    """
+    found = measure_agreement(
+        bridge.module,
+        model,
+        images,
+        source=source,
+        threads=ctx.threads,
+        integers=not saturates_here(model),
+    )
+    if found.within_one_step < least:
+        ctx.log.info(
+            "%s: end to end %.2f%% of the logits are within one step of onnxruntime's; compared layer by layer",
+            what,
+            100 * found.within_one_step,
+        )
+        found = measure_by_layer(bridge, model, images, source=source, threads=ctx.threads)
+    found.check(least, what)
+    return found
 
 
 def _trainable(quantized: ModelProto, full: ModelProto, learn_scales: bool) -> Bridge:

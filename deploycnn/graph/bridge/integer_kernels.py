@@ -96,6 +96,10 @@ class _Mean:
         return (total * (self.grid.scale / (target.scale * steps.shape[2]))).round()
 
 
+#: Functions whose operands the rounding behind them needs.
+_NOTED = frozenset({*_PAIRS, global_average})
+
+
 class IntegerKernels(fx.Interpreter):
     """Runs a module of :func:`~deploycnn.graph.bridge.importer.to_torch` in integers, without gradients.
 
@@ -115,7 +119,7 @@ class IntegerKernels(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node."""
-        if n.op == "call_function" and len(n.users) == 1:
+        if n.op == "call_function" and n.target in _NOTED and len(n.users) == 1:
             self._note(n)
         value = self._run_module(n) if n.op == "call_module" else super().run_node(n)
         for done in self.user_to_last_uses.get(n, ()):
@@ -129,7 +133,7 @@ class IntegerKernels(fx.Interpreter):
         grids = [grid for operand in operands if (grid := self._grid(operand)) is not None]
         if node.target in _PAIRS and len(node.args) == len(grids) == 2:
             self._pending[node] = _PAIRS[node.target]((values[0], values[1]), (grids[0], grids[1]))
-        elif node.target is global_average and grids:
+        elif grids and node.target is global_average:
             self._pending[node] = _Mean(values[0], grids[0])
 
     def _run_module(self, node: fx.Node) -> Any:
