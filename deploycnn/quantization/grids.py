@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,31 @@ def _bounds(item: ActivationPlan, ranges: Ranges) -> Range:
     return bounds
 
 
-def clips_alike(bounds: Range, grid: Grid) -> bool:
+def fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, Grid]) -> None:
+    """Take out each ReLU and clip whose rounding does the same: its bounds are the ends of the integers."""
+    graph = Structure(model)
+    integer = set(plan.quantized_nodes)
+    for node in graph.nodes:
+        bounds = graph.clip_bounds(node) if node.name in integer else None
+        source, target = (node.input[0], node.output[0]) if bounds is not None else ("", "")
+        maker = graph.made_by.get(source)
+        if (
+            bounds is None
+            or target not in parameters
+            or source in parameters
+            or source in graph.outputs
+            or maker is None
+            or maker.name not in integer
+            or len(graph.read_by[source]) != 1
+            or not _clips_alike(bounds, parameters[target])
+        ):
+            continue
+        maker.output[list(maker.output).index(source)] = target
+        model.graph.node.remove(node)
+        graph.made_by[target] = maker
+
+
+def _clips_alike(bounds: Range, grid: Grid) -> bool:
     """Whether rounding to a grid cuts as a clip to ``bounds`` does."""
     scale, zero_point, number = grid
     low, high = (np.rint(np.float32(bound) / scale) + zero_point for bound in bounds)

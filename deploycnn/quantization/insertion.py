@@ -16,13 +16,14 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.cleanup import remove_unused
-from deploycnn.graph.model import attribute, infer_shapes, sort_nodes
+from deploycnn.graph.model import attribute, infer_shapes, sort_nodes, value_types
 from deploycnn.graph.names import unique
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.first_layers import release_float_layers
-from deploycnn.quantization.grids import Grid, activation_parameters, clips_alike
+from deploycnn.quantization.grids import Grid, activation_parameters, fold_clips
 from deploycnn.quantization.guards import guard_float_layers
 from deploycnn.quantization.placement import output_axis
+from deploycnn.quantization.selections import Selection, find_selections
 from deploycnn.quantization.structure import Structure
 from deploycnn.quantization.types import ActivationPlan, IntegerWeight, Plan, Ranges, WeightPlan
 from deploycnn.quantization.weights import quantize_bias, quantize_weight, with_room_for_bias
@@ -63,7 +64,7 @@ def build(
     draft = ModelProto()
     draft.CopyFrom(source)
     parameters = activation_parameters(draft, plan, ranges)
-    _fold_clips(draft, plan, parameters)
+    fold_clips(draft, plan, parameters)
     builder = _Builder(draft, plan, parameters)
     builder.quantize_weights(weights or {})
     for activation in plan.activations:
@@ -78,30 +79,6 @@ def build(
 def ranges_needed(plan: Plan) -> tuple[str, ...]:
     """Values whose range calibration has to find."""
     return tuple(item.value for item in plan.activations if item.fixed is None)
-
-
-def _fold_clips(model: ModelProto, plan: Plan, parameters: Mapping[str, Grid]) -> None:
-    """Take out each ReLU and clip whose rounding does the same: its bounds are the ends of the integers."""
-    graph = Structure(model)
-    integer = set(plan.quantized_nodes)
-    for node in graph.nodes:
-        bounds = graph.clip_bounds(node) if node.name in integer else None
-        source, target = (node.input[0], node.output[0]) if bounds is not None else ("", "")
-        maker = graph.made_by.get(source)
-        if (
-            bounds is None
-            or target not in parameters
-            or source in parameters
-            or source in graph.outputs
-            or maker is None
-            or maker.name not in integer
-            or len(graph.read_by[source]) != 1
-            or not clips_alike(bounds, parameters[target])
-        ):
-            continue
-        maker.output[list(maker.output).index(source)] = target
-        model.graph.node.remove(node)
-        graph.made_by[target] = maker
 
 
 class _Builder:
@@ -119,12 +96,18 @@ class _Builder:
         self._scales: dict[str, tuple[str, str]] = {}
         #: Names of the integers of values.
         self._integers: dict[str, str] = {}
+        # Both only move data, so that what they make has the scale of what they read (units.py).
+        integer = set(plan.quantized_nodes)
         #: What is padded, by name of the node that pads it on integers.
         self._pads = {
             node.name: node.input[0]
             for node in self._graph.nodes
-            if node.op_type == "Pad" and "Pad" in plan.on_integers and self._graph.pads_zeros(node)
+            if node.op_type in plan.on_integers and node.name in integer and self._graph.pads_zeros(node)
         }
+        #: What is a convolution instead of slices and paddings, by the value that it makes.
+        self._selections: dict[str, Selection] = {}
+        if plan.convolves_selections:
+            self._selections = find_selections(self._graph, value_types(model), integer)
 
     def finish(self) -> None:
         """Sort, and drop what nobody reads any more."""
@@ -138,8 +121,10 @@ class _Builder:
     def round(self, item: ActivationPlan) -> None:
         """Put Q/DQ between a value and its readers."""
         value = item.value
-        constant = value in self._graph.constants
-        rounded = self._constant(item) if constant else self._padded(item) or self._pair(item)
+        if value in self._graph.constants:
+            rounded = self._constant(item)
+        else:
+            rounded = self._selected(item) or self._padded(item) or self._pair(item)
         for node in self._graph.nodes:
             if item.readers is None or node.name in item.readers:
                 for position, name in enumerate(node.input):
@@ -155,22 +140,46 @@ class _Builder:
             source, rounded = self._name(f"{value}_QuantizeLinear_Input"), value
             maker = self._graph.made_by[value]
             maker.output[list(maker.output).index(value)] = source
-        scale, zero_point = self._scale(item)
-        integers = self._name(f"{value}_QuantizeLinear_Output")
-        self._add("QuantizeLinear", [source, scale, zero_point], integers, f"{value}_QuantizeLinear")
+        return self._rounded(item, source, rounded)
+
+    def _rounded(self, item: ActivationPlan, source: str, rounded: str) -> str:
+        """Q/DQ from one name to another; return the latter."""
+        integers = self._name(f"{item.value}_QuantizeLinear_Output")
+        self._add("QuantizeLinear", [source, *self._scale(item)], integers, f"{item.value}_QuantizeLinear")
         return self._real(item, integers, rounded)
+
+    def _selected(self, item: ActivationPlan) -> str | None:
+        """A shortcut without weights as a convolution; ``None`` for other values."""
+        selection = self._selections.get(item.value)
+        reader = self._nodes[selection.reader] if selection is not None else None
+        if selection is None or reader is None or not self._same_integers(selection.source, reader, item):
+            return None
+        name, weight = self._graph.made_by[item.value].name, selection.weight()
+        ones = IntegerWeight(integers=weight, scale=np.ones(len(weight), np.float32), axis=0)
+        made = self._name(f"{item.value}_selection")
+        node = helper.make_node(
+            "Conv",
+            [reader.input[0], self._store_weight(f"{name}_weight", ones, "int8")],
+            [made],
+            name=self._name(f"{name}_selected"),
+            strides=selection.strides,
+        )
+        self._model.graph.node.append(node)
+        return self._rounded(item, made, self._name(f"{item.value}_DequantizeLinear_Output"))
+
+    def _same_integers(self, source: str, reader: NodeProto, item: ActivationPlan) -> bool:
+        """Whether ``reader`` takes the integers of ``source``, and nobody wants the value in float."""
+        return (
+            source in self._integers
+            and reader.input[0] != source  # it reads in float
+            and item.value not in self._graph.outputs
+        )
 
     def _padded(self, item: ActivationPlan) -> str | None:
         """What pads zeros, on integers; ``None`` where something else makes the value, or the integers are others."""
         maker = self._graph.made_by.get(item.value)
         source = self._pads.get(maker.name) if maker is not None else None
-        if (
-            maker is None
-            or source not in self._integers
-            or maker.input[0] == source  # it reads in float
-            or self._parameters[source] != self._parameters[item.value]
-            or item.value in self._graph.outputs
-        ):
+        if maker is None or source is None or not self._same_integers(source, maker, item):
             return None
         integers = self._name(f"{item.value}_quantized")
         node = helper.make_node(
@@ -236,7 +245,9 @@ class _Builder:
             # Float biases too: onnxruntime rounds them to int32 itself, and they overflow where weights are next to 0.
             for _, bias, scale in biased:
                 weight = with_room_for_bias(weight, bias, float(scale), items[0].number)
-            self._store_weight(weight, items)
+            stored = self._store_weight(initializer, weight, items[0].number.dtype)
+            for item in items:
+                self._nodes[item.node].input[1] = stored
             for node, bias, scale in biased if self._plan.integer_bias else ():
                 self._store_bias(node, bias, scale, weight)
 
@@ -260,21 +271,17 @@ class _Builder:
                 return self._parameters[item.value].scale
         return None
 
-    def _store_weight(self, weight: IntegerWeight, items: list[WeightPlan]) -> None:
-        name, kind = items[0].initializer, _NUMPY[items[0].number.dtype]
-        integers = self._store(f"{name}_quantized", weight.integers.astype(kind))
-        scale = self._store(f"{name}_scale", weight.scale)
-        zero_point = self._store(f"{name}_zero_point", np.zeros(weight.scale.shape, dtype=kind))
+    def _store_weight(self, name: str, weight: IntegerWeight, dtype: str) -> str:
+        """Integers and their DequantizeLinear; return its output, which layers should take."""
+        kind = _NUMPY[dtype]
+        inputs = [
+            self._store(f"{name}_quantized", weight.integers.astype(kind)),
+            self._store(f"{name}_scale", weight.scale),
+            self._store(f"{name}_zero_point", np.zeros(weight.scale.shape, dtype=kind)),
+        ]
         rounded = self._name(f"{name}_DequantizeLinear_Output")
-        self._add(
-            "DequantizeLinear",
-            [integers, scale, zero_point],
-            rounded,
-            f"{name}_DequantizeLinear",
-            weight.axis,
-        )
-        for item in items:
-            self._nodes[item.node].input[1] = rounded
+        self._add("DequantizeLinear", inputs, rounded, f"{name}_DequantizeLinear", weight.axis)
+        return rounded
 
     def _store_bias(
         self, node: NodeProto, bias: npt.NDArray[np.float64], input_scale: np.float32, weight: IntegerWeight

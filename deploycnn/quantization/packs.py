@@ -51,6 +51,8 @@ class RulePack:
         followers: For "units": operators that stay on integers between convolutions.
         on_integers: For "units": operators that no rule of the runtime makes integer kernels of, though it has such
             kernels: they are written between Q and DQ, where they compute on integers as they stand. "Pad" is known.
+        convolves_selections: For "units": shortcuts that only leave out pixels and add channels of zeros become 1x1
+            convolutions on integers (``selections.py``).
         clips: Operators that are folded into the range of the value that they make.
         epilogues: Activations (operators, and "SiLU") that the runtime computes within an integer convolution, so that
             no Q/DQ belongs between.
@@ -83,6 +85,7 @@ class RulePack:
     float_operators: Mapping[str, str] = field(default_factory=dict)
     followers: frozenset[str] = frozenset()
     on_integers: frozenset[str] = frozenset()
+    convolves_selections: bool = False
     clips: frozenset[str] = frozenset({"Relu", "Clip"})
     epilogues: frozenset[str] = frozenset()
     float_results: frozenset[str] = frozenset()
@@ -111,6 +114,7 @@ _CPU = RulePack(
     float_operators={"ConvTranspose": "no integer kernel"},
     followers=CPU_FOLLOWERS,
     on_integers=frozenset({"Pad"}),
+    convolves_selections=True,
     float_results=frozenset({"Gemm", "MatMul"}),
     constant_operands="scalar",
     tie_concat=True,

@@ -58,6 +58,7 @@ def place(model: ModelProto, pack: RulePack, keep_float: Collection[str] = ()) -
         integer_bias=pack.integer_bias,
         quantized_nodes=tuple(node.name for node in graph.nodes if node.name in integer),
         on_integers=pack.on_integers,
+        convolves_selections=pack.convolves_selections,
         guards_float=pack.guards_float,
         kept_float=kept,
     )

@@ -121,7 +121,10 @@ def fine_tune(
         compared(bridge, quantized, "qat: before any training")
     history = fit(Frozen(bridge.module), data, settings, loss=loss, ctx=ctx)
     _check_scales(bridge)
-    scales = len(bridge.quantizers()) if learn_scales else 0
+    scales = sum(
+        any(held.requires_grad for held in quantizer.parameters())
+        for quantizer in bridge.quantizers().values()
+    )
     improved = settings.keep == "last" or history.kept_val_top1 >= history.initial_val_top1
     if not improved:
         ctx.log.warning(
@@ -186,6 +189,12 @@ def _trainable(quantized: ModelProto, full: ModelProto, learn_scales: bool) -> B
     limit_weights(bridge, layers)
     if learn_scales:
         bridge.learn_scales()
+    # Convolutions that the float graph does not have are shortcuts without weights (selections.py).
+    known = {node.name for node in full.graph.node}
+    for name, path in bridge.module_of.items():
+        module = bridge.module.get_submodule(path)
+        if name not in known and isinstance(module, nn.Conv2d):
+            module.requires_grad_(False)
     return bridge
 
 

@@ -128,6 +128,7 @@ class Plan:
         integer_bias: Whether biases become int32 (scale: input scale x weight scale), as CPU kernels want it.
         quantized_nodes: Names of the nodes that compute between DQ and Q, in graph order.
         on_integers: Operators that stand between Q and DQ instead, where that computes the same.
+        convolves_selections: Whether shortcuts without weights become convolutions (``selections.py``).
         guards_float: Whether float layers between Q/DQ get a guard (``guards.py``).
         kept_float: Convolutions and matrix products left in float -> why.
     """
@@ -140,6 +141,7 @@ class Plan:
     integer_bias: bool
     quantized_nodes: tuple[str, ...]
     on_integers: frozenset[str] = frozenset()
+    convolves_selections: bool = False
     guards_float: bool = False
     kept_float: Mapping[str, str]
 

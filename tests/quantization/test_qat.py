@@ -20,6 +20,7 @@ from deploycnn.graph.model import initializers
 from deploycnn.graph.observe import observe
 from deploycnn.graph.parity import evaluator
 from deploycnn.graph.probe import parity_images
+from deploycnn.models.cifar_resnet import PadShortcut
 from deploycnn.quantization import packs, qat
 from deploycnn.quantization.agreement import (
     Agreement,
@@ -361,6 +362,38 @@ def test_packed_weights_stay_packed(full: ModelProto, tmp_path: Path) -> None:
     found = tune(quantized, full, make_context(tmp_path, DATA), replace(QUICK, epochs=1))
     assert [node.op_type for node in found.model.graph.node].count("Cast") == 3
     assert found.agreement.within_one_step >= 0.999
+
+
+class OptionA(nn.Module):
+    """A shortcut without weights, which CPU targets make a convolution of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.shortcut, self.head = PadShortcut(8, 4, 4, stride=2), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.conv(x) + self.shortcut(x)).mean((2, 3)))
+
+
+def test_shortcuts_without_weights_are_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = to_graph(randomized(OptionA()))
+    held: dict[str, bool] = {}
+
+    def watch(model: nn.Module, *rest: Any, **named: Any) -> History:
+        held.update((name, parameter.requires_grad) for name, parameter in model.named_parameters())
+        return loop.fit(model, *rest, **named)
+
+    monkeypatch.setattr(qat, "fit", watch)
+    quantized = quantize(full, INT8)
+    found = tune(quantized, full, make_context(tmp_path, DATA), replace(QUICK, weight_decay=0.1, epochs=3))
+    assert {name.split(".")[1] for name, trained in held.items() if not trained} == {"shortcut_Pad_selected"}
+    before, after = (initializers(made.graph) for made in (quantized, found.model))
+    changed = {name for name in before if before[name] != after[name]}
+    assert {"stem.weight_quantized", "conv.weight_quantized", "conv.weight_scale"} < changed
+    assert not any(name.startswith("shortcut") for name in changed)
+    assert found.agreement.within_one_step >= 0.99
 
 
 class Joined(nn.Module):
