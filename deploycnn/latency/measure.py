@@ -42,7 +42,7 @@ OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02, 0.03)
 #: Of a node's profiled time, what is left at least when the overhead is taken off.
 _LEAST_SHARE = 0.1
 #: Part of the names in the cache: another way to measure is another table.
-_VERSION = 10
+_VERSION = 11
 
 
 class Kept(NamedTuple):
