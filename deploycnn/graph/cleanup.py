@@ -16,6 +16,7 @@ import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from deploycnn.graph.axes import spell_out_axes
 from deploycnn.graph.batchnorm import fold_batchnorm
 from deploycnn.graph.model import (
     QUANTIZED_OPS,
@@ -45,7 +46,8 @@ def simplify(model: ModelProto) -> ModelProto:
     """An equivalent model with constants and batch norms folded, and nothing unused in it.
 
     Local functions are inlined, initializers are no longer graph inputs, spatial means become
-    ``GlobalAveragePool`` (which every runtime knows best, and which has an INT8 kernel).
+    ``GlobalAveragePool`` (which every runtime knows best, and which has an INT8 kernel), slices and paddings say what
+    they do in the form that onnxruntime's layout optimizer understands.
     """
     model = onnx.inliner.inline_local_functions(model) if model.functions else _copy(model)
     constants_to_initializers(model)
@@ -54,6 +56,7 @@ def simplify(model: ModelProto) -> ModelProto:
         remove_unused(model)
     fold_batchnorm(model)
     pool_spatial_means(model)
+    spell_out_axes(model)
     remove_unused(model)
     relaxed = infer_shapes(model)
     del model.graph.value_info[:]

@@ -17,6 +17,7 @@ from deploycnn.graph.model import attribute
 from deploycnn.pruning.layers import Side
 from deploycnn.pruning.splits import Split, sizes_after
 from deploycnn.pruning.surgery import Removals
+from deploycnn.quantization.selections import is_selection
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -140,7 +141,10 @@ def _narrow(
 ) -> bool:
     """Cut one node; whether it is one that holds channels."""
     kind = node.op_type
-    if kind in {"Conv", "ConvTranspose"}:
+    if kind == "Conv" and _selects(graph, node):
+        if side == "out":  # what it reads goes with what it makes, as with a Pad
+            _narrow_selection(graph, node, keep)
+    elif kind in {"Conv", "ConvTranspose"}:
         _narrow_convolution(graph, node, side, keep, transposed=kind == "ConvTranspose")
     elif kind in {"Gemm", "MatMul"}:
         rows_out = kind == "Gemm" and bool(attribute(node, "transB", 0))
@@ -162,6 +166,23 @@ def _narrow(
     else:
         return False
     return True
+
+
+def _selects(graph: _Graph, node: NodeProto) -> bool:
+    """Whether a convolution is a shortcut without weights (``quantization/selections.py``)."""
+    found = graph.place(node, 1)
+    if found is None:
+        return False
+    weight = graph.value(*found)
+    return weight.dtype == np.int8 and is_selection(weight)
+
+
+def _narrow_selection(graph: _Graph, node: NodeProto, keep: npt.NDArray[np.int64]) -> None:
+    graph.take(node, 1, keep, axis=0)
+    found = graph.place(node, 1)
+    if found is not None:
+        still_read = np.flatnonzero(graph.value(*found).any(axis=(0, 2, 3)))
+        graph.take(node, 1, still_read, axis=1)
 
 
 def _narrow_split(

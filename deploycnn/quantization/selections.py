@@ -59,6 +59,14 @@ class Selection:
         return self.nodes > 1 and self.strides != (1, 1) and outputs * self.channels <= _MOST_WEIGHTS
 
 
+def is_selection(weight: npt.NDArray[np.generic]) -> bool:
+    """Whether a convolution with these integers lets every channel through, once and as it is."""
+    if weight.ndim != 4 or weight.shape[2:] != (1, 1):
+        return False
+    kept = weight != 0
+    return bool((kept.sum(axis=0) == 1).all() and (kept.sum(axis=1) <= 1).all() and (weight[kept] == 1).all())
+
+
 def find_selections(
     graph: Structure, types: Mapping[str, ValueInfoProto], integer: Collection[str]
 ) -> dict[str, Selection]:
@@ -91,12 +99,13 @@ def find_selections(
 
 def _sliced(before: Selection, graph: Structure, node: NodeProto) -> Selection | None:
     """``None`` where a ``Slice`` does more than leave out rows and columns at regular distances."""
-    lists = [_integers(graph, node, position) for position in range(1, 5)]
-    starts, ends, axes, steps = lists
-    if starts is None or ends is None or axes is None:
+    starts, ends, axes, steps = (_integers(graph, node, position) for position in range(1, 5))
+    if starts is not None and not any(node.input[4:]):
+        steps = [1] * len(starts)
+    if starts is None or ends is None or axes is None or steps is None:
         return None
     strides = list(before.strides)
-    for start, end, axis, step in zip(starts, ends, axes, steps or [1] * len(axes), strict=True):
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if axis not in _ROWS_AND_COLUMNS or start != 0 or end < np.iinfo(np.int32).max or step < 1:
             return None
         strides[_ROWS_AND_COLUMNS[axis]] *= step

@@ -17,7 +17,7 @@ from deploycnn.graph.parity import cpu_session
 from deploycnn.quantization import packs
 from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.lint import lint_graph
-from deploycnn.quantization.selections import Selection
+from deploycnn.quantization.selections import Selection, is_selection
 from tests.graph.nets import Weights, images, operators
 from tests.quantization.test_insertion import quantized
 from tests.quantization.test_placement import conv, model, node
@@ -165,6 +165,20 @@ def all_pixels(weights: Weights, nodes: dict[str, NodeProto]) -> None:
     weights["rows.step"] = weights["columns.step"] = np.int64([1])
 
 
+def computed_steps(weights: Weights, nodes: dict[str, NodeProto]) -> None:
+    """The step is the number of the image's channels, less one."""
+    weights["one"] = np.int64([1])
+    computed = [node("Shape", "x", "sizes", start=1, end=2), node("Sub", "sizes one", "step")]
+    nodes["rows"].input[4] = "step"
+    given = dict(nodes)
+    nodes.clear()
+    nodes.update({held.name: held for held in computed} | given)
+
+
+def no_steps(weights: Weights, nodes: dict[str, NodeProto]) -> None:
+    del nodes["rows"].input[4:]
+
+
 #: What changes the shortcut -> the name of the convolution that may still stand for its beginning.
 CANNOT = {
     "starts at 1": (replacing("rows", 1, np.int64([1])), {"wide_selected": [1, 2]}),
@@ -179,6 +193,8 @@ CANNOT = {
     "adds something else": (replacing("wide", 2, np.float32(1.0)), {}),
     "reflects": (reflecting, {"columns_selected": [2, 2]}),
     "leaves out no pixel": (all_pixels, {}),
+    "computes its steps": (computed_steps, {}),
+    "has no steps": (no_steps, {"wide_selected": [1, 2]}),
 }
 
 
@@ -227,3 +243,6 @@ def test_weights_are_ones_where_a_channel_goes_on() -> None:
     assert found.shape == (6, 3, 1, 1)
     x = np.arange(3.0)
     np.testing.assert_array_equal(found[:, :, 0, 0] @ x, [0, 0, 1, 2, 0, 0])
+    assert is_selection(found)
+    for spoiled in (2 * found, found[:2], found.repeat(2, axis=0), found.repeat(2, axis=1), found[:, :, 0]):
+        assert not is_selection(spoiled)

@@ -1,0 +1,90 @@
+"""Axes of slices and paddings: written out, they say the same, and onnxruntime's optimizer takes them right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto, helper
+
+from deploycnn.graph.cleanup import simplify
+from deploycnn.graph.parity import cpu_session
+from deploycnn.quantization import packs
+from deploycnn.quantization.preparation import prepare
+from tests.graph.nets import Weights, graph, images
+from tests.quantization.test_insertion import quantized
+
+RNG = np.random.default_rng(5)
+
+
+def between(nodes: list, weights: Weights, channels: int = 8, **options: object) -> ModelProto:
+    """A node from "c" to "m" between two convolutions."""
+    weights |= {
+        "w": RNG.standard_normal((8, 3, 3, 3)).astype(np.float32),
+        "w2": RNG.standard_normal((4, channels, 1, 1)).astype(np.float32),
+    }
+    around = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="c", pads=[1] * 4),
+        *nodes,
+        helper.make_node("Conv", ["m", "w2"], ["y"], name="y"),
+    ]
+    return graph(around, weights, **options)  # type: ignore[arg-type]
+
+
+def padded(amounts: list[int], axes: list[int], channels: int) -> ModelProto:
+    weights: Weights = {"amounts": np.int64(amounts), "axes": np.int64(axes)}
+    return between(
+        [helper.make_node("Pad", ["c", "amounts", "", "axes"], ["m"], name="m")], weights, channels
+    )
+
+
+def sliced(inputs: list[str]) -> ModelProto:
+    weights: Weights = {
+        "starts": np.int64([0, 0, 1, 0]), "ends": np.int64([9, 9, 8, 9]), "steps": np.int64([1, 1, 2, 3])
+    }  # fmt: skip
+    return between([helper.make_node("Slice", ["c", "starts", "ends", *inputs], ["m"], name="m")], weights)
+
+
+CASES = {
+    "channels": padded([4, 4], [1], 16),
+    "rows and columns": padded([1, 2, 3, 0], [2, 3], 8),
+    "from behind": padded([1, 0, 2, 3], [-1, -2], 8),
+    "slice without axes": sliced(["", "steps"]),
+    "slice without axes and steps": sliced([]),
+}
+
+
+@pytest.mark.parametrize("model", CASES.values(), ids=CASES)
+def test_written_out_it_computes_the_same(model: ModelProto) -> None:
+    x = images(2, (3, 8, 8))
+    expected = cpu_session(model, optimize=False).run(None, {"x": x})[0]
+    clean = simplify(model)
+    (held,) = (node for node in clean.graph.node if node.op_type in {"Pad", "Slice"})
+    assert len(held.input) <= 3 if held.op_type == "Pad" else held.input[3]
+    for optimize in (False, True):
+        found = cpu_session(clean, optimize=optimize).run(None, {"x": x})[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "openvino"])
+@pytest.mark.parametrize("model", CASES.values(), ids=CASES)
+def test_quantized_it_runs(model: ModelProto, target: str) -> None:
+    pack, x = packs.get(target), images(2, (3, 8, 8))
+    expected = cpu_session(model, optimize=False).run(None, {"x": x})[0]
+    bound = float(np.abs(expected).max()) * 1.1
+    made = quantized(prepare(model, pack), pack, (-bound, bound))
+    meant, found = (cpu_session(made, optimize=optimize).run(None, {"x": x})[0] for optimize in (False, True))
+    assert found.shape == expected.shape
+    assert np.abs(found - meant).max() < 0.03 * bound
+    assert np.abs(meant - expected).max() < 0.3 * bound
+
+
+def test_what_is_computed_stays() -> None:
+    weights: Weights = {"four": np.int64([0, 4]), "zero": np.int64([0]), "axes": np.int64([1])}
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], name="s", start=1, end=2),
+        helper.make_node("Concat", ["zero", "s"], ["amounts"], name="amounts", axis=0),
+        helper.make_node("Pad", ["c", "amounts", "", "axes"], ["m"], name="m"),
+    ]
+    model = between(nodes, weights, 11, shape=("N", "C", 8, 8))
+    (held,) = (node for node in simplify(model).graph.node if node.op_type == "Pad")
+    assert list(held.input) == ["c", "amounts", "", "axes"]
