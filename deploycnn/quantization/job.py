@@ -18,7 +18,7 @@ from deploycnn.quantization.fusion import census
 from deploycnn.quantization.harm import Unharmed, do_no_harm
 from deploycnn.quantization.isa import detect_isa
 from deploycnn.quantization.judge import Judge, Labelled
-from deploycnn.quantization.layers import layer_table, value_sqnr
+from deploycnn.quantization.layers import layer_table, unfused_layers, value_sqnr
 from deploycnn.quantization.packed import measure, packed
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.placement import place
@@ -61,7 +61,8 @@ class Job:
         seed: Of what remedies learn.
         threads: CPU threads.
         progress: Told of the share done, and what is being done.
-        warn: Told what could not be timed. An engine that is not built here is no reason to leave integers out.
+        warn: Told what could not be timed (an engine that is not built here is no reason to leave integers out), and
+            which integer layers the runtime computes in float.
     """
 
     source: Path
@@ -257,6 +258,8 @@ class Job:
             int8_ms=self._layer_ms(self.output),
             float_ms=self._layer_ms(self.source),
         )
+        if fused is not None and (words := unfused_layers(layers, fused.runtime)):
+            self.warn(words)
         return Record(
             harm=harm,
             pack=self.pack,

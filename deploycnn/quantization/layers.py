@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: Both graphs' values of so many images are held at once, where the model leaves the choice.
 _IMAGES_AT_ONCE = 4
 
+#: So many layers are named in a warning.
+_NAMED = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
@@ -104,6 +107,19 @@ def layer_table(
             )
         )
     return tuple(rows)
+
+
+def unfused_layers(layers: Iterable[Layer], runtime: str) -> str:
+    """What should be known where the runtime computes layers in float that are integers in the file; empty if none."""
+    integer = [row for row in layers if row.precision in {"int8", "w4a8"}]
+    names = [row.node for row in integer if row.fused is False]
+    if not names:
+        return ""
+    shown = ", ".join(f'"{name}"' for name in names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    return (
+        f"{len(names)} of {len(integer)} integer layers are computed in float by {runtime}: {shown}; "
+        "`activations: auto` takes formats that it fuses, and `deploycnn lint` tells what is in the way"
+    )
 
 
 def leaving(node: NodeProto, read_by: Mapping[str, Sequence[NodeProto]]) -> list[str]:

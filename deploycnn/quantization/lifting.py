@@ -1,12 +1,13 @@
-"""What computes on integers between Q and DQ, as what it computes on real numbers."""
+"""What integers do between Q and DQ, as what it does to real numbers: paddings, and ranges that stand for a ReLU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploycnn.graph.model import attribute, initializers, producers, sort_nodes
+from deploycnn.graph.model import attribute, consumers, initializers, producers, sort_nodes
 from deploycnn.graph.names import names_taken, unique
 
 
@@ -47,6 +48,59 @@ def lift_pads(model: ModelProto) -> dict[str, str]:
     if lifted:
         sort_nodes(model)
     return lifted
+
+
+def lift_clips(model: ModelProto) -> dict[str, str]:
+    """Put a ``Relu`` before each Q that stands for one, in place: its zero point is the least integer there is.
+
+    Quantizers fold a ReLU into the range of the layer, sum or product before it. Without it, placement would want one
+    scale for what is clipped and what is not.
+
+    Args:
+        model: Its nodes are sorted.
+
+    Returns:
+        Name of each ``Relu`` that was added -> name of the node before it.
+    """
+    graph = model.graph
+    constants, made_by, read_by = initializers(graph), producers(graph), consumers(graph)
+    outputs = {value.name for value in graph.output}
+    taken = names_taken(graph)
+    lifted = dict[str, str]()
+    for quantizer in [held for held in graph.node if held.op_type == "QuantizeLinear"]:
+        value = quantizer.input[0]
+        maker = made_by.get(value)
+        if (
+            maker is None
+            or maker.op_type not in _CLIPPED
+            or len(read_by[value]) != 1
+            or value in outputs
+            or not _begins_at_zero(quantizer, constants)
+        ):
+            continue
+        clipped = unique(f"{value}.clipped", taken)
+        taken.add(clipped)
+        graph.node.append(helper.make_node("Relu", [value], [clipped], name=clipped))
+        quantizer.input[0] = clipped
+        lifted[clipped] = maker.name
+    if lifted:
+        sort_nodes(model)
+    return lifted
+
+
+#: What a ReLU is folded into.
+_CLIPPED = frozenset({"Conv", "Gemm", "MatMul", "Add", "Mul", "BatchNormalization"})
+
+
+def _begins_at_zero(quantizer: NodeProto, constants: dict[str, TensorProto]) -> bool:
+    """Whether the least integer reads as 0."""
+    name = _input(quantizer.input, 2)
+    if not name:
+        return len(quantizer.input) == 2 and not attribute(quantizer, "output_dtype", 0)  # uint8, from 0
+    if name not in constants:
+        return False
+    zero_point = numpy_helper.to_array(constants[name])
+    return zero_point.dtype.kind in "iu" and bool((zero_point == np.iinfo(zero_point.dtype).min).all())
 
 
 def _pads_zeros(node: NodeProto, numbers: list[str], constants: dict[str, TensorProto]) -> bool:

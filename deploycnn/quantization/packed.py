@@ -20,6 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from deploycnn.graph.cleanup import remove_unused
 from deploycnn.graph.model import consumers, copy_of, initializers, producers, sort_nodes
 from deploycnn.graph.names import unique
+from deploycnn.quantization.selections import is_selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +61,14 @@ def unpack(model: ModelProto) -> int:
 
 
 def measure(model: ModelProto) -> Weights:
-    """Count the integer weights of a Q/DQ graph: stored integers of more than one axis."""
+    """Count the integer weights of a Q/DQ graph: stored integers of more than one axis, without those added to it."""
     model = copy_of(model)
     unpack(model)
     weights = initializers(model.graph)
     stored = numbers = four = 0
     for node in _dequantizers(model):
         tensor = weights.get(node.input[0])
-        if tensor is None or len(tensor.dims) < 2:
+        if tensor is None or len(tensor.dims) < 2 or is_selection(numpy_helper.to_array(tensor)):
             continue
         size = int(np.prod(tensor.dims))
         narrowed = tensor.data_type in {TensorProto.INT4, TensorProto.UINT4}

@@ -15,7 +15,7 @@ from deploycnn.graph.model import attribute, infer_shapes, initializers, value_t
 from deploycnn.graph.names import name_nodes
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.insertion import MIN_OPSET
-from deploycnn.quantization.lifting import lift_pads
+from deploycnn.quantization.lifting import lift_clips, lift_pads
 from deploycnn.quantization.structure import COMPUTE
 
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
@@ -71,7 +71,7 @@ class Reading:
         outputs: Q/DQ pairs in front of graph outputs, by value of ``model``.
         quantizers: QuantizeLinear nodes by the value (of ``model``) that they round.
         again: QuantizeLinear nodes that round what is rounded already.
-        lifted: Q and DQ that the file does not have -> the ``Pad`` on integers that they stand for.
+        lifted: Nodes that the file does not have -> the node whose part they are (``lifting.py``).
     """
 
     model: ModelProto = field(default_factory=ModelProto)
@@ -93,7 +93,7 @@ def read_qdq(model: ModelProto) -> Reading:
     named.CopyFrom(model)
     name_nodes(named)
     source = simplify(named)
-    reading = Reading(lifted=lift_pads(source))
+    reading = Reading(lifted=lift_pads(source) | lift_clips(source))
     _Stripper(source, reading).strip()
     _widen(reading.model)
     reading.model = infer_shapes(simplify(raise_opset(reading.model, MIN_OPSET)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from deploycnn.quantization.harm import FLOAT
 from deploycnn.quantization.job import Job
 from deploycnn.quantization.judge import val_batches
 from deploycnn.quantization.quantize import FLOAT_LAYERS, Options
+from deploycnn.quantization.types import NumberFormat
 from tests.graph.nets import Residual, randomized
 from tests.passes.onnx_support import pictures
 
 DATA = pictures()
+CPU = packs.get("onnxruntime-cpu")
 
 
 @dataclass
@@ -63,11 +65,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(exported: Path, tmp_path: Path, options: Options, **changes: object):
     output = tmp_path / "int8.onnx"
-    arguments = {"judging": partial(val_batches, DATA, seed=0), **changes}
+    arguments = {"judging": partial(val_batches, DATA, seed=0), "pack": CPU, **changes}
     job = Job(
         source=exported,
         output=output,
-        pack=packs.get("onnxruntime-cpu"),
         options=options,
         images=lambda: calibration_batches(DATA, 20, 0),
         total=20,
@@ -77,6 +78,22 @@ def run(exported: Path, tmp_path: Path, options: Options, **changes: object):
     record = job.run()
     text = json.dumps({"record": record.to_json(), "tables": record.tables()}, allow_nan=False)
     return load_onnx(output), record, text
+
+
+def test_integer_layers_that_the_runtime_computes_in_float_are_told(exported: Path, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    run(exported, tmp_path, Options(calibrator="minmax"), warn=warnings.append)
+    assert not warnings
+    # ReLUs are no ranges then, and stand between the layer and its Q.
+    symmetric = replace(CPU, activation=NumberFormat(dtype="int8", symmetric=True))
+    _, record, _ = run(exported, tmp_path, Options(calibrator="minmax"), warn=warnings.append, pack=symmetric)
+    unfused = [layer.node for layer in record.layers if not layer.fused]
+    assert unfused
+    (told,) = warnings
+    assert told.startswith(
+        f"{len(unfused)} of {len(record.layers)} integer layers are computed in float by onnxruntime"
+    )
+    assert f'"{unfused[0]}"' in told
 
 
 def test_what_is_faster_on_integers_is_shipped(exported: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from deploycnn.quantization import packs
 from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.isa import Isa
-from deploycnn.quantization.lifting import lift_pads
+from deploycnn.quantization.lifting import lift_clips, lift_pads
 from deploycnn.quantization.lint import lint_graph
 from deploycnn.quantization.placement import place
 from deploycnn.quantization.preparation import prepare
@@ -142,3 +142,53 @@ def test_images_that_a_model_of_any_size_cannot_take_are_refused() -> None:
     assert seen == ["c"]
     with pytest.raises(PassRequirementError, match=r"images of shape \(1, 3, 12, 12\).*head.*preprocessing"):
         observe(model, ["y"], [noise(1, 3, 12, 12)], lambda value, _: seen.append(value))
+
+
+def clipped_by_its_range(
+    zero: np.ndarray | None, op: str = "Conv", *, read_twice: bool = False, output: bool = False
+) -> ModelProto:
+    """A layer, Q, DQ, a layer."""
+    constants = {"scale": np.float32(0.05), "w": noise(3, 3, 1, 1), "w2": noise(4, 3, 1, 1)}
+    constants |= {} if zero is None else {"zero": zero}
+    numbers = ["scale"] if zero is None else ["scale", "zero"]
+    nodes = [
+        helper.make_node(op, ["images", "w"] if op != "Tanh" else ["images"], ["c"], name="c"),
+        helper.make_node("QuantizeLinear", ["c", *numbers], ["q"], name="round"),
+        helper.make_node("DequantizeLinear", ["q", *numbers], ["real"], name="unround"),
+        helper.make_node("Conv", ["real", "w2"], ["z" if read_twice else "y"], name="conv"),
+    ]
+    if read_twice:
+        nodes += [
+            helper.make_node("GlobalAveragePool", ["c"], ["g"], name="g"),
+            helper.make_node("Conv", ["g", "w2"], ["gz"], name="gz"),
+            helper.make_node("Add", ["z", "gz"], ["y"], name="y"),
+        ]
+    model = model_of(nodes, constants, ["n", 3, 8, 8])
+    if output:
+        model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "lifted"),
+    [
+        (clipped_by_its_range(np.uint8(0)), True),
+        (clipped_by_its_range(None), True),
+        (clipped_by_its_range(np.int8(-128)), True),
+        (clipped_by_its_range(np.int8(-128), "Add"), True),
+        (clipped_by_its_range(np.uint8(1)), False),
+        (clipped_by_its_range(np.int8(0)), False),
+        (clipped_by_its_range(np.uint8(0), "Tanh"), False),
+        (clipped_by_its_range(np.uint8(0), read_twice=True), False),
+        (clipped_by_its_range(np.uint8(0), output=True), False),
+    ],
+    ids=["uint8", "default", "int8", "sum", "below zero", "symmetric", "no layer", "read twice", "output"],
+)
+def test_a_range_from_zero_is_a_relu(model: ModelProto, lifted: bool) -> None:
+    if model.graph.node[0].op_type == "Add":
+        model.graph.initializer[1].CopyFrom(numpy_helper.from_array(noise(3, 1, 1), "w"))
+    read = ModelProto.FromString(model.SerializeToString())
+    names = lift_clips(read)
+    assert list(names.values()) == (["c"] if lifted else [])
+    assert [node.op_type for node in read.graph.node].count("Relu") == lifted
+    np.testing.assert_array_equal(outputs(read, noise(2, 3, 8, 8)), outputs(model, noise(2, 3, 8, 8)))

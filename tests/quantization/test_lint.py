@@ -17,15 +17,19 @@ from deploycnn.cli.lint import command
 from deploycnn.errors import ArtifactError, PassRequirementError, RecipeError
 from deploycnn.graph.model import save_onnx, sort_nodes
 from deploycnn.quantization import packs
+from deploycnn.quantization.insertion import build, ranges_needed
 from deploycnn.quantization.isa import Isa
 from deploycnn.quantization.lint import lint_graph
 from deploycnn.quantization.lint_rules import RULES
 from deploycnn.quantization.packed import packed
 from deploycnn.quantization.packs import RulePack
+from deploycnn.quantization.placement import place
 from deploycnn.quantization.reading import read_qdq
 from deploycnn.quantization.structure import COMPUTE
+from tests.graph.nets import Weights
 from tests.quantization.test_insertion import padded_shortcut, quantized
-from tests.quantization.test_placement import inception, residual, silu, squeeze
+from tests.quantization.test_placement import conv, inception, node, residual, silu, squeeze
+from tests.quantization.test_placement import model as model_of
 
 CPU = packs.get("onnxruntime-cpu")
 TENSORRT = packs.get("tensorrt")
@@ -49,10 +53,10 @@ def test_our_own_placement_is_clean(make: Callable[[], ModelProto], target: str)
 @pytest.mark.parametrize("make", [residual, silu, squeeze, inception, padded_shortcut])
 def test_our_own_file_with_a_layer_in_float_has_a_note(make: Callable[[], ModelProto], target: str) -> None:
     pack, full = packs.get(target), make()
-    for node in full.graph.node:
-        if node.op_type in COMPUTE:
-            model = quantized(full, pack, keep_float=(node.name,))
-            assert rules(model, pack) == {"QDQ102": [node.name]}
+    for layer in full.graph.node:
+        if layer.op_type in COMPUTE:
+            model = quantized(full, pack, keep_float=(layer.name,))
+            assert rules(model, pack) == {"QDQ102": [layer.name]}
 
 
 def test_a_float_layer_that_onnxruntime_makes_integers_of_is_found() -> None:
@@ -77,6 +81,61 @@ def test_padding_on_integers_is_read_as_padding_of_real_numbers() -> None:
     model.graph.initializer.append(numpy_helper.from_array(one, "one"))
     next(node for node in model.graph.node if node.op_type == "Pad").input[2] = "one"
     assert len(read_qdq(model).activations) < len(expected.activations)
+
+
+def joined_with_its_layer() -> ModelProto:
+    """A ReLU's result beside what a convolution makes of it, as in DenseNets without activations behind."""
+    weights: Weights = {}
+    nodes = [
+        conv("x", "stem", weights, (8, 3, 3, 3)),
+        node("Relu", "stem", "r"),
+        conv("r", "c", weights, (4, 8, 1, 1)),
+        node("Concat", "r c", "joined", axis=1),
+        conv("joined", "y", weights, (4, 12, 1, 1)),
+    ]
+    return model_of(nodes, weights)
+
+
+def two_activations() -> ModelProto:
+    """HardSwish of a ReLU: a convolution with the former alone would be one kernel in OpenVINO."""
+    weights: Weights = {}
+    nodes = [
+        conv("x", "stem", weights, (8, 3, 3, 3)),
+        node("Relu", "stem", "r"),
+        node("HardSwish", "r", "h"),
+        conv("h", "y", weights, (4, 8, 1, 1)),
+    ]
+    return model_of(nodes, weights)
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnxruntime-cpu", "openvino"])
+@pytest.mark.parametrize("make", [joined_with_its_layer, two_activations])
+def test_a_relu_that_became_a_range_is_seen(make: Callable[[], ModelProto], target: str) -> None:
+    pack = packs.get(target)
+    plan = place(full := make(), pack)
+    ranges = {name: (0.0 if name == "r" else -1.5, 2.0 + k) for k, name in enumerate(ranges_needed(plan))}
+    model = build(full, plan, ranges)
+    assert rules(model, pack) == {}
+    if make is joined_with_its_layer:
+        assert "Relu" not in [held.op_type for held in model.graph.node]
+
+
+def test_concats_of_clipped_values_still_want_one_scale() -> None:
+    weights: Weights = {}
+    nodes = [
+        *(
+            part
+            for name in "ab"
+            for part in (conv("x", name, weights, (8, 3, 3, 3)), node("Relu", name, f"{name}r"))
+        ),
+        node("Concat", "ar br", "joined", axis=1),
+        conv("joined", "y", weights, (4, 16, 1, 1)),
+    ]
+    full = model_of(nodes, weights)
+    for pack, expected in ((CPU, {}), (replace(CPU, tie_concat=False), {"QDQ108": ["joined", "joined"]})):
+        plan = place(full, pack)
+        ranges = {name: (-1.5, 2.0 + k) for k, name in enumerate(ranges_needed(plan))}
+        assert rules(build(full, plan, ranges), CPU) == expected
 
 
 def cast_between(model: ModelProto, value: str, reader: str) -> None:

@@ -17,6 +17,7 @@ from deploycnn.graph.parity import cpu_session
 from deploycnn.quantization import packs
 from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.lint import lint_graph
+from deploycnn.quantization.packed import measure
 from deploycnn.quantization.selections import Selection, is_selection
 from tests.graph.nets import Weights, images, operators
 from tests.quantization.test_insertion import quantized
@@ -78,6 +79,7 @@ def check_alike(made: ModelProto, x: np.ndarray) -> ModelProto:
     for first, second in zip(results(found, x), results(expected, x), strict=True):
         np.testing.assert_array_equal(first, second)
     assert not selected(expected)
+    assert measure(found) == measure(expected)  # they are no weights of the model
     return found
 
 
