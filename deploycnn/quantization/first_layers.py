@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from deploycnn.graph.cleanup import remove_unused
 from deploycnn.graph.model import attribute, infer_shapes, initializers, names_used, sort_nodes
@@ -66,8 +66,13 @@ def release_float_layers(model: ModelProto) -> int:
         if attribute(node, "group", 1) != 1:
             continue
         weight = numpy_helper.to_array(graph.constants[node.input[1]])
-        added = _added_channels(graph, maker)
-        if weight.dtype != np.float32 or not 0 < added < weight.shape[1] or weight[:, -added:].any():
+        before, added = graph.zero_channels(maker) or (0, 0)
+        if (
+            weight.dtype != np.float32
+            or before
+            or not 0 < added < weight.shape[1]
+            or weight[:, -added:].any()
+        ):
             continue
         stored = _store(model, node.input[1], weight[:, :-added], taken)
         taken.add(stored)
@@ -76,16 +81,6 @@ def release_float_layers(model: ModelProto) -> int:
     if changed:
         remove_unused(model)
     return changed
-
-
-def _added_channels(graph: Structure, pad: NodeProto) -> int:
-    """How many channels of zeros a ``Pad`` puts behind the others, where it does nothing else."""
-    amounts = graph.constants.get(pad.input[1]) if len(pad.input) > 1 else None
-    if amounts is None or len(pad.input) > 3 or not graph.pads_zeros(pad):
-        return 0
-    held = numpy_helper.to_array(amounts)
-    added = int(held[5]) if held.size == 8 else 0
-    return added if held.tolist() == [0, 0, 0, 0, 0, added, 0, 0] else 0
 
 
 def _store(model: ModelProto, name: str, weight: npt.NDArray[np.float32], taken: set[str]) -> str:

@@ -151,8 +151,10 @@ class _Builder:
     def _selected(self, item: ActivationPlan) -> str | None:
         """A shortcut without weights as a convolution; ``None`` for other values."""
         selection = self._selections.get(item.value)
-        reader = self._nodes[selection.reader] if selection is not None else None
-        if selection is None or reader is None or not self._same_integers(selection.source, reader, item):
+        if selection is None:
+            return None
+        reader = self._nodes[selection.reader]
+        if not self._same_integers(selection.source, reader, item):
             return None
         name, weight = self._graph.made_by[item.value].name, selection.weight()
         ones = IntegerWeight(integers=weight, scale=np.ones(len(weight), np.float32), axis=0)

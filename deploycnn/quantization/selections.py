@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, ValueInfoProto, numpy_helper
+from onnx import NodeProto, ValueInfoProto
 
 from deploycnn.graph.model import shape_of
 from deploycnn.quantization.structure import Structure
@@ -99,7 +98,7 @@ def find_selections(
 
 def _sliced(before: Selection, graph: Structure, node: NodeProto) -> Selection | None:
     """``None`` where a ``Slice`` does more than leave out rows and columns at regular distances."""
-    starts, ends, axes, steps = (_integers(graph, node, position) for position in range(1, 5))
+    starts, ends, axes, steps = (graph.integers(node, position) for position in range(1, 5))
     if starts is not None and not any(node.input[4:]):
         steps = [1] * len(starts)
     if starts is None or ends is None or axes is None or steps is None:
@@ -114,17 +113,7 @@ def _sliced(before: Selection, graph: Structure, node: NodeProto) -> Selection |
 
 def _padded(before: Selection, graph: Structure, node: NodeProto) -> Selection | None:
     """``None`` where a ``Pad`` does more than add channels of zeros."""
-    amounts = _integers(graph, node, 1)
-    if amounts is None or len(amounts) != 8 or len(node.input) > 3 or not graph.pads_zeros(node):
+    added = graph.zero_channels(node)
+    if added is None:
         return None
-    first, last = amounts[1], amounts[5]
-    if min(first, last) < 0 or amounts != [0, first, 0, 0, 0, last, 0, 0]:
-        return None
-    return replace(before, before=before.before + first, behind=before.behind + last)
-
-
-def _integers(graph: Structure, node: NodeProto, position: int) -> list[int] | None:
-    """A list that a node takes; ``None`` where it is left out or computed."""
-    if position >= len(node.input) or node.input[position] not in graph.constants:
-        return None
-    return cast("list[int]", numpy_helper.to_array(graph.constants[node.input[position]]).tolist())
+    return replace(before, before=before.before + added[0], behind=before.behind + added[1])

@@ -113,6 +113,21 @@ class Structure:
         """Whether a ``Pad`` adds zeros."""
         return attribute(node, "mode", b"constant") == b"constant" and self.scalar(node, 2, 0.0) == 0.0
 
+    def integers(self, node: NodeProto, position: int) -> list[int] | None:
+        """A list of integers that a node takes; ``None`` where it is left out or computed."""
+        if position >= len(node.input) or node.input[position] not in self.constants:
+            return None
+        return cast("list[int]", numpy_helper.to_array(self.constants[node.input[position]]).tolist())
+
+    def zero_channels(self, node: NodeProto) -> tuple[int, int] | None:
+        """How many channels of zeros a ``Pad`` adds before and behind those of images; ``None`` where it does more."""
+        amounts = self.integers(node, 1)
+        if amounts is None or len(amounts) != 8 or len(node.input) > 3 or not self.pads_zeros(node):
+            return None
+        before, behind = amounts[1], amounts[5]
+        alone = amounts == [0, before, 0, 0, 0, behind, 0, 0]
+        return (before, behind) if alone and min(before, behind) >= 0 else None
+
     def silu(self, value: str) -> NodeProto | None:
         """The product of ``x * sigmoid(x)``, where nothing else reads x or the sigmoid."""
         readers = self.read_by.get(value, [])

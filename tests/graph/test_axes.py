@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import ModelProto, helper
+from onnx import ModelProto, helper, numpy_helper
 
+from deploycnn.graph.axes import spell_out_axes
 from deploycnn.graph.cleanup import simplify
 from deploycnn.graph.parity import cpu_session
 from deploycnn.quantization import packs
@@ -88,3 +89,14 @@ def test_what_is_computed_stays() -> None:
     model = between(nodes, weights, 11, shape=("N", "C", 8, 8))
     (held,) = (node for node in simplify(model).graph.node if node.op_type == "Pad")
     assert list(held.input) == ["c", "amounts", "", "axes"]
+
+
+@pytest.mark.parametrize(("amounts", "axes"), [([4], [1]), ([4, 4], [4])], ids=["too few", "no such axis"])
+def test_what_is_wrong_stays(amounts: list[int], axes: list[int]) -> None:
+    model = padded([4, 4], [1], 16)
+    for name, content in (("amounts", amounts), ("axes", axes)):
+        held = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+        held.CopyFrom(numpy_helper.from_array(np.int64(content), name))
+    assert spell_out_axes(model) == 0
+    (pad,) = (node for node in model.graph.node if node.op_type == "Pad")
+    assert list(pad.input) == ["c", "amounts", "", "axes"]
