@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,9 @@ _QAT = "qat"
 
 _QAT_EPOCHS = 2
 
+#: Outputs with less than 1% noise are good enough to spare the passes over the images that equalizing takes.
+_GOOD_DB = 20.0
+
 #: The budget of ``auto`` where the recipe gives none.
 _AUTO_BUDGET = 0.002
 
@@ -38,6 +42,8 @@ _AUTO_BUDGET = 0.002
 @dataclass(frozen=True, kw_only=True)
 class Int8(Pass):
     """Quantize weights and activations to 8 bits, calibrated on training images; the rest stays FP32.
+
+    Of ranges and corrected biases, those are kept that leave the outputs of validation images the least noise.
 
     ``int8: auto`` climbs the repair ladder until the drop of top-1 on the validation split is within the
     budget: other ranges, equalized weights, corrected biases, learned rounding, a few layers in float, training, and
@@ -51,7 +57,7 @@ class Int8(Pass):
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
     gives_precision: ClassVar[str | None] = "int8"
     needs_data: ClassVar[bool] = True
@@ -67,10 +73,11 @@ class Int8(Pass):
         "none.",
     ] = None
     calibrator: Annotated[
-        Literal["minmax", "moving_average", "percentile", "entropy", "mse"],
+        Literal["auto", "minmax", "moving_average", "percentile", "entropy", "mse"],
         "Range of activations: all values seen, each image's ends averaged, all but the outermost values, least "
-        "KL divergence, or least squared error. auto begins with percentile.",
-    ] = "minmax"
+        "KL divergence, or least squared error. auto: minmax, percentile or mse, whichever leaves the outputs of "
+        "validation images the least noise (mode auto begins with percentile).",
+    ] = "auto"
     percentile: Annotated[
         float,
         Interval(gt=50, le=100),
@@ -99,14 +106,18 @@ class Int8(Pass):
         bool, "Leave activations in float: a smaller file, no gain in speed. For CPU targets."
     ] = False
     equalize: Annotated[
-        bool, "Spread the ranges of channels evenly over neighbouring layers (Nagel et al. 2019)."
-    ] = False
+        bool | None,
+        "Spread the ranges of channels evenly over neighbouring layers (Nagel et al. 2019). null: where outputs have "
+        "more than 1% noise, and get less noisy by it. With mode auto it is a rung that may be needed, unless false.",
+    ] = None
     absorb_bias: Annotated[
         bool, "Move biases that always pass a ReLU into the next layer (Nagel et al. 2019)."
     ] = False
     correct_bias: Annotated[
-        bool, "Take the mean error that rounding the weights makes out of the biases (Nagel et al. 2019)."
-    ] = False
+        bool | None,
+        "Take the mean error that rounding the weights makes out of the biases (Nagel et al. 2019). null: where "
+        "outputs get less noisy by it. With mode auto it is a rung that may be needed, unless false.",
+    ] = None
     adaround: Annotated[
         bool | None,
         "Learn for each weight whether to round up or down (Nagel et al. 2020); minutes. null: with 4-bit weights. "
@@ -136,7 +147,7 @@ class Int8(Pass):
                 "weights_only does not go with auto, which repairs activations; set max_top1_drop instead"
             )
         given = {name for name in ("equalize", "absorb_bias", "correct_bias") if getattr(self, name)}
-        given |= {"calibrator"} if self.calibrator != "minmax" else set()
+        given |= {"calibrator"} if self.calibrator != "auto" else set()
         if self.mode == "auto" and given:
             raise ValueError(
                 f"auto chooses ranges and remedies itself; leave out {', '.join(sorted(given))}, or mode"
@@ -254,29 +265,46 @@ class Int8(Pass):
         return {_QAT: train}
 
     def _options(self) -> Options:
-        from deploycnn.quantization.quantize import FEW_FLOAT_LAYERS, FLOAT_LAYERS, Options
+        from deploycnn.quantization.quantize import COMPARED, FEW_FLOAT_LAYERS, FLOAT_LAYERS, Options
 
         if self.mode == "auto":
             return Options(
                 calibrator="percentile",
                 exclude=self.exclude,
                 ladder=(
-                    *("mse", "equalize", "correct_bias"),
-                    *(() if self.adaround is False else ("adaround",)),
+                    "mse",
+                    *(
+                        name
+                        for name in ("equalize", "correct_bias", "adaround")
+                        if getattr(self, name) is not False
+                    ),
                     *((FEW_FLOAT_LAYERS, _QAT) if self.qat_epochs else ()),
                     FLOAT_LAYERS,
                 ),
                 max_top1_drop=_AUTO_BUDGET if self.max_top1_drop is None else self.max_top1_drop,
             )
+        # Nothing has a range where activations stay float.
+        compared = None if self.calibrator == "auto" and not self.weights_only else False
+        wanted: dict[str, bool | None] = {
+            # Asked for: ranges are chosen for the graph that comes of it.
+            **({"equalize": True} if self.equalize else {}),
+            "absorb_bias": self.absorb_bias,
+            **dict.fromkeys(COMPARED, compared),
+            # Not asked for: whether it is needed is known with the best ranges.
+            **({} if self.equalize else {"equalize": self.equalize}),
+            "adaround": self._learns_rounding,
+            # Last: biases make up for the rounding that was decided.
+            "correct_bias": self.correct_bias,
+        }
         return Options(
-            calibrator=self.calibrator,
+            calibrator="minmax" if self.calibrator == "auto" else self.calibrator,
             exclude=self.exclude,
-            remedies=tuple(
-                name
-                # Biases last: they make up for the rounding that was decided.
-                for name in ("equalize", "absorb_bias", "adaround", "correct_bias")
-                if getattr(self, name) or (name == "adaround" and self._learns_rounding)
-            ),
+            remedies=tuple(name for name, asked in wanted.items() if asked is not False),
+            if_better={
+                name: _GOOD_DB if name == "equalize" else math.inf
+                for name, asked in wanted.items()
+                if asked is None
+            },
             ladder=(FLOAT_LAYERS,),
             max_top1_drop=self.max_top1_drop,
         )

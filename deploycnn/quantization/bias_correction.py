@@ -9,7 +9,7 @@ itself, so that corrections do not add up along the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.model import infer_shapes
 from deploycnn.graph.names import unique
-from deploycnn.graph.observe import observe
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization.structure import Structure
 from deploycnn.quantization.types import IntegerWeight, Plan
@@ -30,11 +29,9 @@ Floats = npt.NDArray[np.float64]
 def bias_shifts(
     model: ModelProto,
     plan: Plan,
-    images: Iterable[npt.NDArray[np.float32]],
+    means: Mapping[str, Floats],
     *,
     weights: Mapping[str, IntegerWeight] | None = None,
-    threads: int = 1,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Floats]:
     """What rounding the weights adds to the output channels of each layer on average, by node; shape (channels,).
 
@@ -43,19 +40,17 @@ def bias_shifts(
     Args:
         model: Float, prepared; the graph that ``plan`` was made of.
         plan: Which weights are rounded, and how.
-        images: Batches of calibration images (N, C, H, W); streamed once.
+        means: What the layers read, on average over calibration images, in the shape of one image's; must hold
+            ``inputs_of(model, plan)``.
         weights: Integer weights by initializer, where they are not those of rounding to nearest.
-        threads: CPU threads.
-        progress: Called with the number of images done.
 
     Raises:
-        PassRequirementError: the plan rounds no layer that has a place for a bias; or images as in ``observe``.
+        PassRequirementError: the plan rounds no layer that has a place for a bias.
     """
     layers = _layers(model, plan)
     if not layers:
         raise PassRequirementError("bias correction: no quantized convolution or Gemm to correct")
     graph = Structure(model)
-    means = mean_maps(model, {node.input[0] for node in layers}, images, threads=threads, progress=progress)
     plans = {item.initializer: item for item in plan.weights}
     shifts = {}
     for node in layers:
@@ -65,6 +60,11 @@ def bias_shifts(
         error = (dequantize(rounded) - real).astype(np.float32)
         shifts[node.name] = _mean_output(node, means[node.input[0]], error)
     return shifts
+
+
+def inputs_of(model: ModelProto, plan: Plan) -> list[str]:
+    """Values whose mean maps ``bias_shifts`` needs, each once."""
+    return list(dict.fromkeys(node.input[0] for node in _layers(model, plan)))
 
 
 def _layers(model: ModelProto, plan: Plan) -> list[NodeProto]:
@@ -82,37 +82,6 @@ def _layers(model: ModelProto, plan: Plan) -> list[NodeProto]:
             or (node.input[2] in graph.constants and len(graph.read_by[node.input[2]]) == 1)
         )
     ]
-
-
-def mean_maps(
-    model: ModelProto,
-    values: Iterable[str],
-    images: Iterable[npt.NDArray[np.float32]],
-    *,
-    threads: int = 1,
-    progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Floats]:
-    """Mean over images of each value, in the shape of one image's.
-
-    Memory is that of one image's values.
-
-    Raises:
-        PassRequirementError: no images, or images as in ``observe``.
-    """
-    wanted = list(values)
-    sums: dict[str, Floats] = {}
-
-    def visit(name: str, content: npt.NDArray[np.float32]) -> None:
-        added = content.sum(axis=0, dtype=np.float64)
-        if name in sums:
-            sums[name] += added
-        else:
-            sums[name] = added
-
-    count = observe(model, wanted, images, visit, threads=threads, progress=progress)
-    if not count:
-        raise PassRequirementError("no calibration images; give data with a non-empty training split")
-    return {name: total / count for name, total in sums.items()}
 
 
 def _mean_output(node: NodeProto, mean: Floats, weight: npt.NDArray[np.float32]) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +26,15 @@ class Calibration:
     Attributes:
         images: How many.
         values: Name of each value -> its summary.
+        means: Name of each value whose mean map was asked for -> mean over the images, in the shape of one image's.
     """
 
     images: int
     values: Mapping[str, Statistics]
+    means: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write to one ``.npz`` file."""
+        """Write to one ``.npz`` file, without the mean maps."""
         statistics.save(path, self.values)
 
     @classmethod
@@ -47,18 +49,20 @@ def calibrate(
     images: Iterable[npt.NDArray[np.float32]],
     *,
     values: Sequence[str] | None = None,
+    means: Sequence[str] = (),
     histograms: bool = True,
     threads: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Calibration:
     """Stream ``images`` through ``model`` and sum up its values.
 
-    Memory depends on the model alone: one batch of its values, and a summary of fixed size for each.
+    Memory depends on the model alone: one batch of its values, a summary of fixed size for each, one image's ``means``.
 
     Args:
         model: Float, with inferred shapes.
         images: Batches of preprocessed images (N, C, H, W); streamed once, never held together.
         values: Names of the values to sum up: ``values_of`` the plans. All float values by default.
+        means: Names of the values whose mean maps are wanted (``inputs_of`` of bias correction).
         histograms: Whether more than "minmax" and "moving_average" will be asked for.
         threads: CPU threads.
         progress: Called with the number of images done.
@@ -69,16 +73,24 @@ def calibrate(
     """
     wanted = float_values(model) if values is None else list(values)
     summaries = {name: Statistics(histogram=histograms) for name in wanted}
+    # Made beforehand: values are visited by several threads.
+    sums: dict[str, npt.NDArray[np.float64]] = {name: np.zeros(()) for name in means}
 
     def visit(name: str, content: npt.NDArray[np.float32]) -> None:
         ends = statistics.extremes(content)
         refuse_not_finite(model, name, ends)
-        summaries[name].update(content, ends)
+        if name in summaries:
+            summaries[name].update(content, ends)
+        if name in sums:
+            sums[name] = sums[name] + content.sum(axis=0, dtype=np.float64)
 
-    count = observe(model, wanted, images, visit, threads=threads, progress=progress, check_values=False)
+    watched = [*wanted, *(name for name in means if name not in summaries)]
+    count = observe(model, watched, images, visit, threads=threads, progress=progress, check_values=False)
     if not count:
         raise PassRequirementError("no calibration images; give data with a non-empty training split")
-    return Calibration(images=count, values=summaries)
+    return Calibration(
+        images=count, values=summaries, means={name: total / count for name, total in sums.items()}
+    )
 
 
 def values_of(*plans: Plan) -> list[str]:

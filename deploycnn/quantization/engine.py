@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from deploycnn.quantization.bias_correction import correct_biases
+from deploycnn.quantization.bias_correction import correct_biases, inputs_of
 from deploycnn.quantization.calibration import Calibration, calibrate, choose_ranges, values_of
 from deploycnn.quantization.insertion import build
 from deploycnn.quantization.packs import RulePack
@@ -56,6 +56,7 @@ class Engine:
         pack: The target's rules.
         images: Calibration images.
         percentile: For the calibrator of that name.
+        mean_maps: Whether mean maps will be asked for: they are then summed up in the same pass over the images.
         threads: CPU threads.
         progress: Called with the number of images calibrated.
     """
@@ -66,6 +67,7 @@ class Engine:
         images: Images,
         *,
         percentile: float = 99.999,
+        mean_maps: bool = False,
         threads: int = 1,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -73,9 +75,12 @@ class Engine:
         self.images = images
         self.threads = threads
         self._percentile = percentile
+        self._mean_maps = mean_maps
         self._progress = progress
         # The graphs are kept with what was seen of them: an identity must not be used again.
         self._seen: dict[int, tuple[ModelProto, Calibration]] = {}
+        #: Ranges by placement and calibrator, with their graph: a search takes as long as judging a candidate.
+        self._found: dict[tuple[int, frozenset[str], Calibrator], tuple[ModelProto, Mapping[str, Range]]] = {}
 
     def plan(self, candidate: Candidate) -> Plan:
         """What the candidate rounds."""
@@ -94,19 +99,39 @@ class Engine:
         """
         seen = self._seen.get(id(model), (model, Calibration(images=0, values={})))[1]
         missing = [name for name in values_of(*plans) if name not in seen.values]
-        if missing:
+        means = [name for plan in plans if self._mean_maps for name in inputs_of(model, plan)]
+        means = [name for name in dict.fromkeys(means) if name not in seen.means]
+        if missing or means:
             found = calibrate(
-                model, self.images(), values=missing, threads=self.threads, progress=self._progress
+                model,
+                self.images(),
+                values=missing,
+                means=means,
+                threads=self.threads,
+                progress=self._progress,
             )
-            seen = Calibration(images=found.images, values={**seen.values, **found.values})
+            seen = Calibration(
+                images=found.images,
+                values={**seen.values, **found.values},
+                means={**seen.means, **found.means},
+            )
             self._seen[id(model)] = (model, seen)
         return seen
 
-    def ranges(self, candidate: Candidate) -> dict[str, Range]:
+    def mean_maps(self, candidate: Candidate) -> Mapping[str, npt.NDArray[np.float64]]:
+        """What the layers read whose biases can be corrected, on average over the calibration images."""
+        self._mean_maps = True
+        return self.calibration(candidate.model, self.plan(candidate)).means
+
+    def ranges(self, candidate: Candidate) -> Mapping[str, Range]:
         """The range of every value that the candidate rounds."""
-        plan = self.plan(candidate)
-        seen = self.calibration(candidate.model, plan)
-        return choose_ranges(plan, seen, candidate.calibrator, self._percentile)
+        key = (id(candidate.model), candidate.keep_float, candidate.calibrator)
+        if key not in self._found:
+            plan = self.plan(candidate)
+            seen = self.calibration(candidate.model, plan)
+            ranges = choose_ranges(plan, seen, candidate.calibrator, self._percentile)
+            self._found[key] = candidate.model, ranges
+        return self._found[key][1]
 
     def build(self, candidate: Candidate) -> ModelProto:
         """The candidate's graph; the float graph where nothing in it is to be quantized."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from deploycnn.quantization.weights import FEW_BITS
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-#: Validation images on which layers are judged one by one: enough for a ratio of powers, not for top-1.
+#: Images on which layers are judged one by one, and ranges compared: enough for a ratio of powers, not for top-1.
 QUICK_IMAGES = 128
 EIGHT_BITS = 8
 #: Images on which each layer's noise is measured for the table.
@@ -52,7 +52,7 @@ class Job:
         images: Calibration images.
         total: How many these are.
         judging: From a number of images (``None``: all) to labelled validation images that judge; ``None`` where there
-            are none: nothing is judged then, and no layer's noise measured.
+            are none: no layer's noise is measured then, and what is compared for noise is on calibration images.
         judge_images: How many judge; all where ``None``.
         percentile: For the calibrator of that name.
         further_remedies: By name, for one engine and the float graph: what needs more than this room has.
@@ -106,13 +106,18 @@ class Job:
             self.pack,
             self.images,
             percentile=self.percentile,
+            mean_maps="correct_bias" in self.options.remedies,
             threads=self.threads,
             progress=lambda done: self.progress(done, self.total, "calibrating"),
         )
         macs = layer_macs(model)
+        # First: it takes the most memory, and nothing is held beside it yet.
+        engine.calibration(model, plan)
         judged = self.options.max_top1_drop is not None
         judge = self._judge(model, self.judge_images) if judged else None
-        quick = self._judge(model, QUICK_IMAGES) if judge and self.options.ladder else None
+        quick = None
+        if self.options.if_better or (judge and self.options.ladder):
+            quick = Judge(model, self._few_images, threads=self.threads, integers=self.integers)
         found = Quantizer(
             model,
             engine,
@@ -225,6 +230,18 @@ class Job:
             )
         return judge
 
+    def _few_images(self) -> Iterator[Labelled]:
+        """Images to compare candidates on by their noise, which needs no classes."""
+        if self.judging is not None:
+            yield from self.judging(QUICK_IMAGES)()
+            return
+        left = QUICK_IMAGES
+        for images in self.images():
+            yield images[:left], None
+            left -= len(images[:left])
+            if not left:
+                return
+
     def _record(
         self,
         engine: Engine,
@@ -265,6 +282,7 @@ class Job:
             pack=self.pack,
             options=self.options,
             images=seen.images,
+            compared_on="calibration" if self.judging is None else "val",
             quantized=found,
             ranges=ranges,
             layers=layers,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from deploycnn.data.base import Data
 
-#: Images (N, C, H, W) and their classes (N,).
-Labelled = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+#: Images (N, C, H, W) and their classes (N,), where these are known.
+Labelled = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]
 
 #: Prepared images are kept for the next candidate up to this size; beyond it they are decoded again.
 HELD_BYTES = 2**29
@@ -33,7 +33,10 @@ HELD_BYTES = 2**29
 #: Reported where the error is zero: more decibels than float32 can resolve.
 EXACT_DB = 200.0
 
+#: A batch has this many images, and fewer where these are large: the activations of a float net take a hundred times
+#: the bytes of its images.
 _BATCH = 64
+_BATCH_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +44,9 @@ class Judgement:
     """A candidate against its float twin.
 
     Attributes:
-        top1_drop: Float top-1 minus this one's, in [-1, 1]; ``None`` where the model is no classifier.
-        agreement: Share of images whose predicted class is the float model's; likewise.
+        top1_drop: Float top-1 minus this one's, in [-1, 1]; ``None`` where the model is no classifier, or the classes
+            are not known.
+        agreement: Share of images whose predicted class is the float model's; ``None`` where it is no classifier.
         sqnr_db: Signal-to-quantization-noise ratio of all outputs, in decibels.
         images: How many images.
     """
@@ -92,7 +96,7 @@ class Judge:
         self._threads = threads
         self._integers = integers
         self._images = _Held(batches, HELD_BYTES)
-        self._labels: list[npt.NDArray[np.int64]] = []
+        self._labels: list[npt.NDArray[np.int64] | None] = []
         self._outputs: list[list[npt.NDArray[np.float32]]] = []
         run = evaluator(reference, threads=threads)
         for images, labels in self._images:
@@ -102,13 +106,14 @@ class Judge:
             raise PassRequirementError("no validation images to judge by; give data with a val split")
         first = self._outputs[0][0]
         self._classifies = first.ndim == 2 and first.shape[1] > 1
-        self.images = sum(len(labels) for labels in self._labels)
+        self.images = sum(len(outputs[0]) for outputs in self._outputs)
         self._hits = sum(
             int((outputs[0].argmax(axis=1) == labels).sum())
             for outputs, labels in zip(self._outputs, self._labels, strict=True)
-            if self._classifies
+            if self._classifies and labels is not None
         )
-        self.top1 = self._hits / self.images if self._classifies else None
+        known = self._classifies and all(labels is not None for labels in self._labels)
+        self.top1 = self._hits / self.images if known else None
 
     def __call__(self, candidate: ModelProto) -> Judgement:
         """Run ``candidate`` on the images and compare."""
@@ -122,11 +127,11 @@ class Judge:
                 noise += float(np.square(right.astype(np.float64) - output).sum())
             if self._classifies:
                 predicted = found[0].argmax(axis=1)
-                hits += int((predicted == labels).sum())
+                hits += 0 if labels is None else int((predicted == labels).sum())
                 same += int((predicted == expected[0].argmax(axis=1)).sum())
         return Judgement(
             # Of counts: a difference of shares would put a drop of exactly the budget above it.
-            top1_drop=(self._hits - hits) / self.images if self._classifies else None,
+            top1_drop=None if self.top1 is None else (self._hits - hits) / self.images,
             agreement=same / self.images if self._classifies else None,
             sqnr_db=decibels(signal, noise),
             images=self.images,
@@ -170,12 +175,14 @@ def val_batches(data: Data, count: int | None, seed: int) -> Callable[[], Iterat
     from deploycnn.data.loader import batches
 
     split = data.dataset.val
+    height, width = data.preprocessing.size
+    size = int(np.clip(_BATCH_BYTES // (3 * height * width * 4), 1, _BATCH))
 
     def make() -> Iterator[Labelled]:
         if not len(split):
             return
         indices = np.sort(calibration_indices(split.labels, min(count or len(split), len(split)), seed))
-        for batch in batches(split, data.preprocessing, _BATCH, indices=indices):
+        for batch in batches(split, data.preprocessing, size, indices=indices):
             yield batch.images, batch.labels
 
     return make

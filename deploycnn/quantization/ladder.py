@@ -7,6 +7,7 @@ where it is not, so that a remedy that harms one model does not stay in it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Rung(Generic[Candidate]):
     Attributes:
         name: As it stands in the report.
         apply: From the best candidate so far to a new one.
+        below_db: Left out where the best candidate so far has this signal-to-noise ratio.
 
     ``apply`` raises ``PassRequirementError`` where the remedy does not suit the model; the rung is then
     logged as not applicable, with the reason.
@@ -37,6 +39,7 @@ class Rung(Generic[Candidate]):
 
     name: str
     apply: Callable[[Candidate], Candidate]
+    below_db: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +83,19 @@ def climb(
     build: Callable[[Candidate], ModelProto],
     judge: Callable[[ModelProto], Judgement],
     *,
-    max_top1_drop: float,
+    max_top1_drop: float | None,
     first: str,
     tell: Callable[[str], None] = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Climb[Candidate]:
-    """Climb until the drop of top-1 is within the budget or the rungs are used up.
+    """Climb until the drop of top-1 is within the budget or the rungs are used up; all of them without a budget.
 
     Args:
         start: The first candidate.
         rungs: In the order in which they are tried.
         build: From a candidate to its graph.
         judge: Compares a graph with its float twin.
-        max_top1_drop: The budget, a fraction of 1.
+        max_top1_drop: The budget, a fraction of 1; ``None``: whatever is better stays.
         first: What the first candidate is called in the log.
         tell: Told what is being tried.
         clock: Seconds.
@@ -105,9 +108,15 @@ def climb(
     tried = [
         Tried(rung=first, judgement=judgement, kept=True, why="", seconds=clock() - started),
     ]
+
+    def met(found: Judgement) -> bool:
+        return max_top1_drop is not None and found.within(max_top1_drop)
+
     for rung in rungs:
-        if judgement.within(max_top1_drop):
+        if met(judgement):
             break
+        if judgement.sqnr_db >= rung.below_db:
+            continue
         tell(rung.name)
         started = clock()
         try:
@@ -119,7 +128,7 @@ def climb(
             continue
         graph = build(candidate)
         found = judge(graph)
-        better = found.within(max_top1_drop) or _better(found, judgement)
+        better = met(found) or _better(found, judgement)
         tried.append(
             Tried(
                 rung=rung.name,
@@ -135,7 +144,7 @@ def climb(
         candidate=best,
         model=model,
         judgement=judgement,
-        met=judgement.within(max_top1_drop),
+        met=met(judgement),
         tried=tuple(tried),
     )
 

@@ -20,9 +20,6 @@ from deploycnn.quantization.types import Ranges
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-#: Both graphs' values of so many images are held at once, where the model leaves the choice.
-_IMAGES_AT_ONCE = 4
-
 #: So many layers are named in a warning.
 _NAMED = 5
 
@@ -165,9 +162,9 @@ def value_sqnr(
     candidate = evaluator(exposing(quantized, others), threads=threads, outputs=others)
     powers = np.zeros((len(names), 2))
     for batch in images:
-        for start in range(0, len(batch), _IMAGES_AT_ONCE):
-            piece = batch[start : start + _IMAGES_AT_ONCE]
-            for row, (right, found) in enumerate(zip(reference(piece), candidate(piece), strict=True)):
+        # One by one: all values of both graphs are held at once.
+        for image in np.split(batch, len(batch)):
+            for row, (right, found) in enumerate(zip(reference(image), candidate(image), strict=True)):
                 powers[row, 0] += np.square(right, dtype=np.float64).sum()
                 powers[row, 1] += np.square(right.astype(np.float64) - found).sum()
     return {name: decibels(float(row[0]), float(row[1])) for name, row in zip(names, powers, strict=True)}

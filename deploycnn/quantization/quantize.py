@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: The rungs that keep layers in float: as many as the budget needs, and only if these are few.
 FLOAT_LAYERS, FEW_FLOAT_LAYERS = "float layers", "few float layers"
 
+#: Ranges that are compared with "minmax" where none are asked for; the others seldom win.
+COMPARED: tuple[Calibrator, ...] = ("percentile", "mse")
+
 #: Few are those that give up at most this share of what integers save; beyond, training is tried first.
 FEW = 0.5
 
@@ -34,7 +37,9 @@ class Options:
     Attributes:
         calibrator: How ranges are chosen at first.
         exclude: Names of nodes that stay float in any case.
-        remedies: Names of remedies that are applied without asking, in this order.
+        remedies: Names of remedies that are applied before anything else, in this order.
+        if_better: Those of them that stay only where the outputs get less noisy by them, with the signal-to-noise
+            ratio in decibels from which on they are not tried.
         ladder: Names of remedies that are tried while the budget is not met, in this order.
         max_top1_drop: The budget; ``None`` where nothing is judged.
     """
@@ -42,6 +47,7 @@ class Options:
     calibrator: Calibrator
     exclude: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
+    if_better: Mapping[str, float] = field(default_factory=dict)
     ladder: tuple[str, ...] = ()
     max_top1_drop: float | None = None
 
@@ -55,7 +61,8 @@ class Quantized:
         model: The graph.
         judgement: Of it, on the images that chose; ``None`` where nothing was judged.
         met: Whether the budget is met; ``None`` without one.
-        tried: What was tried, in order.
+        compared: What was tried for less noise, on the images of the quick judge, in order.
+        tried: What was tried for the budget, in order.
         sensitivities: Of the layers, where they were measured.
         accuracy_float: Layers left in float for the budget's sake.
     """
@@ -64,6 +71,7 @@ class Quantized:
     model: ModelProto
     judgement: Judgement | None = None
     met: bool | None = None
+    compared: tuple[Tried, ...] = ()
     tried: tuple[Tried, ...] = ()
     sensitivities: tuple[Sensitivity, ...] = ()
     accuracy_float: frozenset[str] = field(default_factory=frozenset)
@@ -86,7 +94,7 @@ class Quantizer:
         model: The float graph, prepared.
         engine: Builds candidates.
         judge: Compares graphs with ``model`` on validation images; ``None`` where there is no budget.
-        quick_judge: The same on fewer images, for the sensitivity of layers.
+        quick_judge: The same on fewer images, for the sensitivity of layers and for what stays if it is better.
         remedies: What may be applied, by name; ``FLOAT_LAYERS`` and ``FEW_FLOAT_LAYERS`` are always there.
         gains_ms: Time that integers save in each layer, asked when layers are to be left in float.
         macs: Multiply-accumulates by layer.
@@ -128,14 +136,9 @@ class Quantizer:
         Raises:
             PassRequirementError: the model or the images do not suit; a remedy that was asked for does not.
         """
-        start = Candidate(
-            model=self._model, calibrator=options.calibrator, keep_float=frozenset(options.exclude)
-        )
-        for name in options.remedies:
-            self._tell(name)
-            start = self._remedies[name](start)
+        start, applied, compared = self._remedied(options)
         if options.max_top1_drop is None or self._judge is None:
-            return Quantized(candidate=start, model=self._engine.build(start))
+            return Quantized(candidate=start, model=self._engine.build(start), compared=compared)
         self._budget = options.max_top1_drop
         found = climb(
             start,
@@ -143,7 +146,7 @@ class Quantizer:
             self._engine.build,
             self._judge,
             max_top1_drop=options.max_top1_drop,
-            first=" + ".join((options.calibrator, *options.remedies)),
+            first=_label(start, applied),
             tell=self._tell,
         )
         kept = any(step.rung in {FLOAT_LAYERS, FEW_FLOAT_LAYERS} and step.kept for step in found.tried)
@@ -152,10 +155,43 @@ class Quantizer:
             model=found.model,
             judgement=found.judgement,
             met=found.met,
+            compared=compared,
             tried=found.tried,
             sensitivities=self._sensitivities,
             accuracy_float=self._searched[1] if kept and self._searched is not None else frozenset(),
         )
+
+    def _remedied(self, options: Options) -> tuple[Candidate, list[str], tuple[Tried, ...]]:
+        """The candidate with the remedies that were asked for, their names, and what was compared on the way."""
+        start = Candidate(
+            model=self._model, calibrator=options.calibrator, keep_float=frozenset(options.exclude)
+        )
+        applied: list[str] = []
+        compared: list[Tried] = []
+        for optional, names in itertools.groupby(options.remedies, options.if_better.__contains__):
+            if optional:
+                assert self._quick_judge is not None  # noqa: S101 - whoever has options that need it gives it
+                found = climb(
+                    start,
+                    [
+                        Rung(name=name, apply=self._remedies[name], below_db=options.if_better[name])
+                        for name in names
+                    ],
+                    self._engine.build,
+                    self._quick_judge,
+                    max_top1_drop=None,
+                    first=_label(start, applied),
+                    tell=self._tell,
+                )
+                start = found.candidate
+                compared += found.tried
+                applied += [step.rung for step in found.tried[1:] if step.kept]
+                continue
+            for name in names:
+                self._tell(name)
+                start = self._remedies[name](start)
+                applied.append(name)
+        return start, applied, tuple(compared)
 
     def _keep_float_layers(self, best: Candidate, most: float = 1.0) -> Candidate:
         """Leave the cheapest layers in float that bring the model within the budget.
@@ -203,6 +239,11 @@ class Quantizer:
 
         found = keep_within(self._budget, self._sensitivities, build, tried)
         return found.keep_float
+
+
+def _label(candidate: Candidate, applied: Sequence[str]) -> str:
+    """Ranges and remedies, for the log: one choice of ranges takes the place of another."""
+    return " + ".join((candidate.calibrator, *(name for name in applied if name not in get_args(Calibrator))))
 
 
 def ladder_table(tried: Sequence[Tried]) -> list[tuple[str | float | bool | None, ...]]:

@@ -29,6 +29,7 @@ class Record:
 
     Attributes:
         images: Calibration images that were run.
+        compared_on: Which images decided what stays only where it is better: "val" or "calibration".
         integers: Whether this CPU's integer kernels compute what the graph means.
         harm: What timing decided; ``None`` where nothing was timed.
         weights: What the weights take.
@@ -37,6 +38,7 @@ class Record:
     pack: RulePack
     options: Options
     images: int
+    compared_on: str
     quantized: Quantized
     ranges: Mapping[str, tuple[float, float]]
     layers: tuple[Layer, ...]
@@ -98,10 +100,13 @@ class Record:
     def tables(self) -> list[Json]:
         """The ladder, the layers and their sensitivities, for the report."""
         found = []
-        if self.quantized.tried:
-            columns = ("rung", "kept", "top-1, points", "agreement, %", "SQNR, dB", "seconds", "why undone")
-            rows = tuple(ladder_table(self.quantized.tried))
-            found.append(Table(title="Repair ladder, judged on val", columns=columns, rows=rows))
+        columns = ("rung", "kept", "top-1, points", "agreement, %", "SQNR, dB", "seconds", "why undone")
+        for title, tried in (
+            (f"Compared on a few {self.compared_on} images", self.quantized.compared),
+            ("Repair ladder, judged on val", self.quantized.tried),
+        ):
+            if tried:
+                found.append(Table(title=title, columns=columns, rows=tuple(ladder_table(tried))))
         if self.harm is not None:
             found.append(_race_rows(self.harm))
         found.append(_weight_rows(self.weights))

@@ -34,7 +34,7 @@ def remedies(engine: Engine, *, seed: int, tell: Tell) -> Mapping[str, Remedy]:
         "mse": choose("mse"),
         "equalize": lambda best: _equalize(best, engine, tell),
         "absorb_bias": lambda best: _absorb(best, engine, tell),
-        "correct_bias": lambda best: _correct(best, engine, tell),
+        "correct_bias": lambda best: _correct(best, engine),
         "adaround": lambda best: _adaround(best, engine, seed, tell),
     }
 
@@ -62,16 +62,14 @@ def _absorb(best: Candidate, engine: Engine, tell: Tell) -> Candidate:
     return replace(best, model=model, weights={}, shifts={})
 
 
-def _correct(best: Candidate, engine: Engine, tell: Tell) -> Candidate:
+def _correct(best: Candidate, engine: Engine) -> Candidate:
     from deploycnn.quantization.bias_correction import bias_shifts
 
     shifts = bias_shifts(
         best.model,
         engine.plan(best),
-        engine.images(),
+        engine.mean_maps(best),
         weights=best.weights or None,
-        threads=engine.threads,
-        progress=_counted(tell, "correcting biases"),
     )
     return replace(best, shifts=shifts)
 

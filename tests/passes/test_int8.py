@@ -17,6 +17,7 @@ from deploycnn.passes.fp16 import Fp16
 from deploycnn.passes.int8 import Int8
 from deploycnn.quantization import rounding
 from deploycnn.quantization.isa import Isa, detect_isa
+from deploycnn.quantization.judge import Judge, val_batches
 from deploycnn.quantization.lint import lint_model
 from tests.graph.nets import Residual, randomized
 from tests.passes.onnx_support import context, minted, pictures, torch_artifact
@@ -41,7 +42,7 @@ def test_int8_writes_a_quantized_model_and_says_how(exported: Artifact, tmp_path
     assert draft.inputs == exported.inputs
     record = draft.facts.record["int8"]
     assert record["images"] == 25
-    assert record["calibrator"] == "minmax"
+    assert record["calibrator"] in {"minmax", "percentile 99.999", "mse"}
     assert "asymmetric uint8" in record["scheme"]
     assert record["fused"]["quantized"] == 5
     assert record["fused"]["float_compute"] == 0
@@ -255,12 +256,42 @@ def test_auto_trains_before_more_than_a_few_layers_stay_float(
     assert facts.record["int8"]["max_top1_drop"] == -0.5
     rungs = Int8(mode="auto", adaround=False, qat_epochs=0)._options().ladder
     assert rungs == ("mse", "equalize", "correct_bias", "float layers")
+    rungs = Int8(mode="auto", adaround=False, equalize=False, correct_bias=False)._options().ladder
+    assert rungs == ("mse", "few float layers", "qat", "float layers")
 
 
-def test_biases_are_corrected_after_rounding_is_decided() -> None:
-    assert Int8(adaround=True, correct_bias=True, equalize=True)._options().remedies == (
-        "equalize", "adaround", "correct_bias",
-    )  # fmt: skip
+def test_ranges_suit_equalized_weights_and_biases_the_rounding() -> None:
+    asked = Int8(adaround=True, correct_bias=True, equalize=True, absorb_bias=True)._options()
+    assert asked.remedies == ("equalize", "absorb_bias", "percentile", "mse", "adaround", "correct_bias")
+    assert set(asked.if_better) == {"percentile", "mse"}
+    default = Int8()._options()
+    assert default.remedies == ("percentile", "mse", "equalize", "correct_bias")
+    assert set(default.if_better) == set(default.remedies)
+    fixed = Int8(calibrator="entropy", equalize=False, correct_bias=False)._options()
+    assert (fixed.calibrator, fixed.remedies, fixed.if_better) == ("entropy", (), {})
+    assert Int8(weights_only=True)._options().remedies == ("equalize", "correct_bias")
+
+
+def test_by_default_the_quietest_ranges_are_kept(exported: Artifact, tmp_path) -> None:
+    """Against each calibrator on its own, judged by the record's own figures."""
+    levels = {}
+    for calibrator in ("auto", "minmax", "percentile", "mse"):
+        ctx = context(tmp_path / calibrator, pictures())
+        step = Int8(
+            calibrator=calibrator, percentile=99.0, calibration_images=25, correct_bias=False, equalize=False
+        )
+        facts = step.run(exported, ctx).facts
+        judge = Judge(load_onnx(exported.path), val_batches(pictures(), 20, 0))
+        levels[calibrator] = judge(load_onnx(ctx.output / "model.onnx")).sqnr_db
+        tables = {table["title"]: table["rows"] for table in facts.record["tables"]}
+        if calibrator == "auto":
+            compared = tables["Compared on a few val images"]
+            chosen = facts.record["int8"]["calibrator"].split()[0]
+    assert [row[0] for row in compared] == ["minmax", "percentile", "mse"]
+    for name, *_, level, _, _ in compared:
+        assert level == pytest.approx(levels[name], abs=0.05)
+    assert levels["auto"] == levels[chosen] == max(levels.values())
+    assert "Compared on a few val images" not in tables
 
 
 def test_asymmetric_activations_are_for_cpus(exported: Artifact, tmp_path) -> None:

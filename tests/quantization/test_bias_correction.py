@@ -9,9 +9,10 @@ from onnx import ModelProto, helper, numpy_helper
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization import packs
-from deploycnn.quantization.bias_correction import bias_shifts, correct_biases, mean_maps
+from deploycnn.quantization.bias_correction import bias_shifts, correct_biases, inputs_of
+from deploycnn.quantization.calibration import calibrate
 from deploycnn.quantization.placement import place
-from deploycnn.quantization.types import NumberFormat
+from deploycnn.quantization.types import NumberFormat, Plan
 from deploycnn.quantization.weights import dequantize, quantize_weight
 from tests.quantization.small_graphs import Builder, images, random_graph
 
@@ -28,6 +29,11 @@ def with_rounded_weights(model: ModelProto, plan, only: str | None = None) -> Mo
     return rounded
 
 
+def shifts(model: ModelProto, plan: Plan, batches, **weights) -> dict[str, np.ndarray]:
+    means = calibrate(model, batches, values=[], means=inputs_of(model, plan)).means
+    return bias_shifts(model, plan, means, **weights)
+
+
 def value(model: ModelProto, name: str, batch: np.ndarray) -> np.ndarray:
     exposed = ModelProto.FromString(model.SerializeToString())
     if name not in {output.name for output in exposed.graph.output}:
@@ -42,7 +48,7 @@ def test_each_layers_own_mean_error_vanishes(seed: int, kind: str) -> None:
     model = random_graph(seed, [kind])
     plan = place(model, FOUR_BITS)
     batch = images(40)
-    corrected = correct_biases(model, bias_shifts(model, plan, np.array_split(batch, 3)))
+    corrected = correct_biases(model, shifts(model, plan, np.array_split(batch, 3)))
     biases = {t.name: t for t in corrected.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type in {"Conv", "Gemm"}]:
         # This layer alone is rounded, so its input is the float one.
@@ -59,7 +65,7 @@ def test_each_layers_own_mean_error_vanishes(seed: int, kind: str) -> None:
 def test_the_mean_error_of_the_outputs_shrinks() -> None:
     model = random_graph(7, ["Relu", "Relu"])
     plan = place(model, FOUR_BITS)
-    corrected = correct_biases(model, bias_shifts(model, plan, [images(200)]))
+    corrected = correct_biases(model, shifts(model, plan, [images(200)]))
     output = model.graph.output[0].name
     fresh = images(200, seed=9)
     right = value(model, output, fresh)
@@ -75,7 +81,7 @@ def test_layers_without_a_bias_get_one() -> None:
     first = next(node for node in model.graph.node if node.op_type == "Conv")
     del first.input[2:]
     plan = place(model, packs.get("onnxruntime-cpu"))
-    corrected = correct_biases(model, bias_shifts(model, plan, [images(10)]))
+    corrected = correct_biases(model, shifts(model, plan, [images(10)]))
     node = next(node for node in corrected.graph.node if node.name == first.name)
     assert len(node.input) == 3
     assert evaluator(corrected)(images(3))[0].shape == (3, 5)
@@ -88,11 +94,11 @@ def test_given_integers_are_corrected_for_instead_of_nearest_ones() -> None:
     item = next(item for item in plan.weights if item.number.dtype == "int4")
     real = next(t for t in model.graph.initializer if t.name == item.initializer)
     nearest = quantize_weight(numpy_helper.to_array(real), item)
-    other = correct_biases(model, bias_shifts(model, plan, [images(10)], weights={item.initializer: nearest}))
-    default = correct_biases(model, bias_shifts(model, plan, [images(10)]))
+    other = correct_biases(model, shifts(model, plan, [images(10)], weights={item.initializer: nearest}))
+    default = correct_biases(model, shifts(model, plan, [images(10)]))
     assert other.SerializeToString(deterministic=True) == default.SerializeToString(deterministic=True)
     exact = quantize_weight(numpy_helper.to_array(real), place_8_bits(model, item.initializer))
-    finer = correct_biases(model, bias_shifts(model, plan, [images(10)], weights={item.initializer: exact}))
+    finer = correct_biases(model, shifts(model, plan, [images(10)], weights={item.initializer: exact}))
     assert finer.SerializeToString(deterministic=True) != default.SerializeToString(deterministic=True)
 
 
@@ -107,7 +113,7 @@ def test_mean_maps_are_means() -> None:
     read = builder.conv(4)
     model = builder.finish()
     batch = images(30)
-    found = mean_maps(model, ["images", read], np.array_split(batch, 4))
+    found = calibrate(model, np.array_split(batch, 4), values=[], means=["images", read], threads=2).means
     np.testing.assert_allclose(found["images"], batch.mean(axis=0, dtype=np.float64), atol=1e-6)
     np.testing.assert_allclose(found[read], value(model, read, batch).mean(axis=0), atol=1e-5)
 
@@ -116,6 +122,6 @@ def test_nothing_to_correct_and_no_images_are_refused() -> None:
     model = random_graph(0, ["Relu"])
     plan = place(model, packs.get("onnxruntime-cpu"), [node.name for node in model.graph.node])
     with pytest.raises(PassRequirementError, match="bias correction"):
-        correct_biases(model, bias_shifts(model, plan, [images(2)]))
+        correct_biases(model, shifts(model, plan, [images(2)]))
     with pytest.raises(PassRequirementError, match="no calibration images"):
-        correct_biases(model, bias_shifts(model, place(model, packs.get("onnxruntime-cpu")), []))
+        correct_biases(model, shifts(model, place(model, packs.get("onnxruntime-cpu")), []))

@@ -8,12 +8,14 @@ from onnx import ModelProto, numpy_helper
 
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import export_onnx
-from deploycnn.graph.model import is_quantized
+from deploycnn.graph.model import infer_shapes, is_quantized
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization import engine as engines
 from deploycnn.quantization import packs
 from deploycnn.quantization import quantize as quantizing
+from deploycnn.quantization.channels import channel_groups
 from deploycnn.quantization.engine import Candidate, Engine
+from deploycnn.quantization.equalization import rescale
 from deploycnn.quantization.job import layer_macs
 from deploycnn.quantization.judge import EXACT_DB, Judge
 from deploycnn.quantization.layers import layer_table, value_sqnr
@@ -76,6 +78,75 @@ def test_one_calibration_serves_candidates_of_one_graph(model, monkeypatch: pyte
     assert is_quantized(engine.build(replace(start, model=other)))
     assert runs[-1] == runs[0]
     assert is_quantized(first)
+
+
+def test_mean_maps_are_summed_up_in_the_same_pass(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    engines_calibrate = engines.calibrate
+
+    def counted(*args, **kwargs):
+        passes.append(kwargs["means"])
+        return engines_calibrate(*args, **kwargs)
+
+    monkeypatch.setattr(engines, "calibrate", counted)
+    start = Candidate(model=model, calibrator="minmax")
+    shifts = {}
+    for together in (True, False):
+        passes.clear()
+        engine = Engine(packs.get("onnxruntime-cpu"), calibration, mean_maps=together)
+        engine.build(start)
+        shifts[together] = remedies(engine, seed=0, tell=lambda *_: None)["correct_bias"](start).shifts
+        assert [bool(means) for means in passes] == ([True] if together else [False, True])
+    for name, shift in shifts[True].items():
+        np.testing.assert_array_equal(shift, shifts[False][name])
+
+
+def test_ranges_are_searched_once(model: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+    choose_ranges = engines.choose_ranges
+
+    def counted(*args):
+        searches.append(args[2])
+        return choose_ranges(*args)
+
+    monkeypatch.setattr(engines, "choose_ranges", counted)
+    engine = make()
+    start = Candidate(model=model, calibrator="minmax")
+    for name in ("minmax", "mse", "minmax", "mse"):
+        engine.build(replace(start, calibrator=name))
+    assert searches == ["minmax", "mse"]
+    layers = engine.layers(start)
+    mixed = replace(start, keep_float=frozenset(layers[:1]))
+    assert engine.ranges(mixed).keys() < engine.ranges(start).keys()
+
+
+def test_remedies_stay_only_where_they_help(model: ModelProto) -> None:
+    """A harmful one is undone, one that is not needed is not tried, a needed one is found."""
+    channels = [(group, 64.0 ** np.linspace(-1, 1, group.channels)) for group in channel_groups(model)]
+    stressed = ModelProto()
+    stressed.CopyFrom(model)
+    rescale(stressed, channels)
+    levels, tried = {}, {}
+    for name, graph in (("plain", model), ("stressed", infer_shapes(stressed))):
+        # Such a percentile cuts off most of the values.
+        engine = Engine(packs.get("onnxruntime-cpu"), calibration, percentile=60.0)
+        judge = Judge(graph, labelled(graph), integers=False)
+        known = remedies(engine, seed=0, tell=lambda *_: None)
+        options = Options(
+            calibrator="minmax",
+            remedies=("percentile", "equalize", "correct_bias"),
+            if_better={"percentile": np.inf, "equalize": 20.0, "correct_bias": np.inf},
+        )
+        quantizer = Quantizer(graph, engine, quick_judge=judge, remedies=known)
+        found = quantizer.run(options)
+        assert found.judgement is None
+        assert found.candidate.calibrator == "minmax"
+        levels[name] = judge(found.model).sqnr_db
+        tried[name] = {step.rung: step.kept for step in found.compared}
+    assert list(tried["plain"]) == ["minmax", "percentile", "correct_bias"]
+    assert not tried["plain"]["percentile"]
+    assert tried["stressed"]["equalize"]
+    assert levels["stressed"] > levels["plain"] - 3
 
 
 def test_nothing_quantized_is_the_float_graph(model: ModelProto) -> None:

@@ -96,6 +96,16 @@ def test_integer_layers_that_the_runtime_computes_in_float_are_told(exported: Pa
     assert f'"{unfused[0]}"' in told
 
 
+def test_calibration_images_compare_where_there_is_no_val_split(exported: Path, tmp_path: Path) -> None:
+    options = Options(calibrator="minmax", remedies=("mse",), if_better={"mse": float("inf")})
+    for judging, split in (({}, "val"), ({"judging": None}, "calibration")):
+        _, record, _ = run(exported, tmp_path, options, **judging)
+        judged = [step.judgement for step in record.quantized.compared]
+        assert [item.images for item in judged] == [20, 20]
+        assert all((item.top1_drop is None) == (split == "calibration") for item in judged)
+        assert any(table["title"] == f"Compared on a few {split} images" for table in record.tables())
+
+
 def test_what_is_faster_on_integers_is_shipped(exported: Path, tmp_path: Path) -> None:
     watch = Stopwatch(ratio=2.0)
     model, record, text = run(exported, tmp_path, Options(calibrator="minmax"), stopwatch=watch)

@@ -7,8 +7,9 @@ from onnx import ModelProto, numpy_helper
 from deploycnn.errors import PassRequirementError
 from deploycnn.graph.export import export_onnx
 from deploycnn.quantization import judge as judging
-from deploycnn.quantization.judge import EXACT_DB, Judge, Judgement, decibels
+from deploycnn.quantization.judge import EXACT_DB, Judge, Judgement, decibels, val_batches
 from tests.graph.nets import Residual, images, randomized
+from tests.passes.onnx_support import pictures
 
 SHAPE = (3, 12, 12)
 
@@ -113,6 +114,26 @@ def test_a_model_that_is_no_classifier_has_no_top1(model: ModelProto) -> None:
     assert found.top1_drop is None
     assert found.agreement is None
     assert not found.within(1.0)
+
+
+def test_images_without_classes_rank_by_noise_and_agreement_alone(model: ModelProto) -> None:
+    other = disturbed(model, 0.05)
+    known = Judge(model, batches())(other)
+    judge = Judge(model, lambda: ((content, None) for content, _ in batches()()))
+    assert judge.top1 is None
+    found = judge(other)
+    assert found.top1_drop is None
+    assert (found.agreement, found.sqnr_db, found.images) == (known.agreement, known.sqnr_db, known.images)
+
+
+def test_batches_of_large_images_hold_few() -> None:
+    def sizes(size: int) -> list[int]:
+        return [len(content) for content, _ in val_batches(pictures(val=100, size=size), None, 0)()]
+
+    assert sizes(12) == [64, 36]
+    large = sizes(256)
+    assert sum(large) == 100
+    assert max(large) * 3 * 256 * 256 * 4 <= 2**22
 
 
 def test_decibels() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from deploycnn.errors import PassRequirementError
@@ -9,7 +10,9 @@ from deploycnn.quantization.ladder import Rung, climb
 #: In the fakes a candidate is a tuple of remedies, and each has its drop and SQNR.
 
 
-def climbing(worth: dict[tuple[str, ...], tuple[float, float]], rungs: list[Rung[Any]], budget: float = 0.0):
+def climbing(
+    worth: dict[tuple[str, ...], tuple[float, float]], rungs: list[Rung[Any]], budget: float | None = 0.0
+):
     seconds = iter(range(1000))
 
     def judge(graph: Any) -> Judgement:
@@ -63,6 +66,15 @@ def test_a_rung_that_does_not_suit_is_logged_with_its_reason() -> None:
     assert (row["kept"], row["why"]) == (False, "no such activation")
     assert "sqnr_db" not in row
     assert found.tried[2].to_json()["sqnr_db"] == 30.0
+
+
+def test_without_a_budget_every_rung_is_tried_that_may_be_needed() -> None:
+    worth = {(): (0.0, 15.0), ("a",): (0.0, 25.0), ("a", "c"): (0.0, 24.0)}
+    rungs = [adding("a"), replace(adding("b"), below_db=20.0), replace(adding("c"), below_db=25.1)]
+    found = climbing(worth, rungs, budget=None)
+    assert found.candidate == ("a",)
+    assert [(step.rung, step.kept) for step in found.tried] == [("plain", True), ("a", True), ("c", False)]
+    assert not found.met
 
 
 def test_what_meets_the_budget_is_kept_however_noisy_its_outputs() -> None:
