@@ -58,6 +58,7 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "options": manifest["options"],
         "seconds": manifest["seconds"],
         "record": manifest["facts"]["record"],
+        "warnings": manifest.get("warnings", []),
     }
 
 

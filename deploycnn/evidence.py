@@ -104,12 +104,7 @@ def _data(figures: Figures) -> dict[str, Any] | None:
 def _warnings(figures: Figures) -> list[str]:
     # Failed variants and unavailable runtimes are told where their figures would stand.
     found = [f"{name} on {spec}: {why}" for (name, spec), why in figures.measured.failures.items()]
-    found += [
-        f"{entry.name}: its outputs hardly depend on the image, so that their parity with the original says little"
-        for entry in figures.inputs.entries
-        if entry.parity and entry.parity.get("informative") is False
-    ]
-    found += _missed_goals(figures.inputs.entries)
+    found += _of_steps(figures.inputs.entries)
     for timing in figures.measured.timings:
         words = {row.disturbance.words for row in timing.rows if row.disturbance and row.disturbance.words}
         found += [
@@ -120,11 +115,13 @@ def _warnings(figures: Figures) -> list[str]:
     return found
 
 
-def _missed_goals(entries: Sequence[Entry]) -> list[str]:
-    """Goals of passes that were not reached, each with the variants that go on from there."""
+def _of_steps(entries: Sequence[Entry]) -> list[str]:
+    """What passes warned of, and goals that they did not reach, each with the variants that go on from there."""
     variants: dict[str, list[str]] = {}
     for entry in entries:
         for step in entry.provenance:
+            for text in step["warnings"]:
+                variants.setdefault(f"{step['pass']}: {text}", []).append(entry.name)
             latency = step["record"].get("pruning", {}).get("latency", {})
             if latency.get("met") is False:
                 variants.setdefault(f"latency_ratio: {latency['words']}", []).append(entry.name)

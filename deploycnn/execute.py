@@ -167,6 +167,7 @@ def _make(
                 "seed": recipe.seed,
                 "data": data.fingerprint if data else None,
                 "target": recipe.target.name,
+                "warnings": told.texts,
             },
         )
     store.clear_failure(step.folder)
@@ -182,14 +183,16 @@ class _Log(logging.FileHandler):
 
 
 class _Told(logging.Handler):
-    """Tells a step's warnings to whoever watches the run."""
+    """Tells a step's warnings to whoever watches the run, and keeps them for its manifest."""
 
     def __init__(self, events: Events, title: str) -> None:
         super().__init__(logging.WARNING)
         self._events, self._title = events, title
+        self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass it on with the step's title."""
+        self.texts.append(record.getMessage())
         self._events.warning(f"{self._title}: {record.getMessage()}")
 
 

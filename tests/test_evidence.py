@@ -155,25 +155,40 @@ def test_the_baseline_is_within_any_budget_of_itself() -> None:
     assert a["within_budget"] == "unproven"
 
 
+#: A step that has nothing to say.
+QUIET: dict[str, Any] = {"record": {}, "warnings": []}
+
+
+def test_what_steps_warned_of_is_told_once_for_all_its_variants() -> None:
+    shared = {**QUIET, "pass": "sparse", "warnings": ["no gain", "slow"]}
+    entries = [
+        evidence.Entry(name="a", passes=(), artifact=None, provenance=(QUIET, shared)),
+        evidence.Entry(name="b", passes=(), artifact=None, provenance=(shared, QUIET)),
+        evidence.Entry(name="c", passes=(), artifact=None, provenance=(QUIET,)),
+    ]
+    assert evidence._of_steps(entries) == ["a, b: sparse: no gain", "a, b: sparse: slow"]
+
+
 def test_a_goal_of_latency_that_was_missed_is_a_warning_told_once_for_all_its_variants() -> None:
     def step(met: bool | None) -> dict[str, Any]:
-        return {"record": {"pruning": {"latency": {"met": met, "words": "0.55 measured (0.5 asked for)"}}}}
+        latency = {"met": met, "words": "0.55 measured (0.5 asked for)"}
+        return {"record": {"pruning": {"latency": latency}}, "warnings": []}
 
     entries = [
-        evidence.Entry(name=name, passes=(), artifact=None, provenance=({"record": {}}, step(met)))
+        evidence.Entry(name=name, passes=(), artifact=None, provenance=(QUIET, step(met)))
         for name, met in (("a", False), ("b", False), ("c", True), ("elsewhere", None))
     ]
-    assert evidence._missed_goals(entries) == ["a, b: latency_ratio: 0.55 measured (0.5 asked for)"]
+    assert evidence._of_steps(entries) == ["a, b: latency_ratio: 0.55 measured (0.5 asked for)"]
 
 
 def test_a_budget_of_int8_that_was_missed_is_a_warning() -> None:
     int8 = {"budget_met": False, "max_top1_drop": 0.002, "judged": {"top1_drop": 0.0123, "images": 500}}
-    twice = ({"record": {"int8": int8}}, {"record": {"int8": int8, "qat": {}}})
-    met = {"record": {"int8": {**int8, "budget_met": True}}}
+    twice = ({**QUIET, "record": {"int8": int8}}, {**QUIET, "record": {"int8": int8, "qat": {}}})
+    met = {**QUIET, "record": {"int8": {**int8, "budget_met": True}}}
     entries = [
         evidence.Entry(name="a", passes=(), artifact=None, provenance=twice),
         evidence.Entry(name="b", passes=(), artifact=None, provenance=(met,)),
     ]
-    assert evidence._missed_goals(entries) == [
+    assert evidence._of_steps(entries) == [
         "a: int8: top-1 drops by 0.0123 on 500 val images, more than max_top1_drop 0.002"
     ]

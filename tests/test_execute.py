@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from deploycnn import recipe as recipes
+from deploycnn.conclusion import provenance
 from deploycnn.errors import StorageError
 from deploycnn.events import Silent
 from deploycnn.execute import Outcome, execute
@@ -154,7 +155,7 @@ def test_passes_get_a_stopwatch_only_where_the_target_runs(monkeypatch: pytest.M
     assert found[2].settings == ((1, 1), (8, 1)), "threads make no difference on a GPU"
 
 
-def test_warnings_of_a_step_reach_who_watches_the_run(
+def test_warnings_of_a_step_reach_who_watches_the_run_and_its_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -174,6 +175,10 @@ def test_warnings_of_a_step_reach_who_watches_the_run(
     recipe = recipes.parse({"source": {"model": "m"}, "variants": {"fp32": ["export"]}}, base=Path())
     planned = plan(recipe, data_fingerprint=None)
     with Store.open(tmp_path / "r") as store:
-        execute(recipe, planned, store, None, Watching())
+        for _ in range(2):
+            execute(recipe, planned, store, None, Watching())
+        # Made once, and told once; the report of the second run still knows.
+        kept = [provenance(store.manifest(planned.step(key)))["warnings"] for key in planned.chains["fp32"]]
     assert told == ["export: off by 7%"]
+    assert kept == [[], ["off by 7%"]]
     assert "WARNING off by 7%" in next((tmp_path / "r/artifacts").glob("export-*/log.txt")).read_text()

@@ -136,6 +136,7 @@ Step = TypedDict(
         "options": dict[str, Any],
         "seconds": float | None,
         "record": dict[str, Any],
+        "warnings": list[str],
     },
 )
 

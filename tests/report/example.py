@@ -171,6 +171,7 @@ def _provenance(passes: list[str]) -> list[dict[str, Any]]:
             "options": _options(step),
             "seconds": {"train": 61.2, "distill": 44.0, "prune": 3.4, "export": 5.1}.get(step, 7.7),
             "record": _record(step, random.Random(key)),
+            "warnings": [],
         }
         for step, key in zip(passes, keys, strict=True)
     ]

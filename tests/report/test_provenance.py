@@ -33,6 +33,7 @@ def test_what_is_drawn_is_not_listed_again() -> None:
             "training": {"epochs": [{"epoch": 1, "loss": 1.0}], "stopped": "finished"},
             "pruning": {"widths": {}, "macs_ratio": 0.39},
         },
+        "warnings": [],
     }
     assert provenance.step_facts(step) == [
         ("training", "stopped: finished"),
@@ -80,7 +81,7 @@ def recorded() -> Step:
     )
     histogram = Histogram(title="stem", start=-2.0, stop=6.0, counts=(1, 0, 16, 1), low=-1.0, high=9.0)
     record = {"tables": [table.to_json()], "histograms": [histogram.to_json()], "scheme": "U8S8"}
-    return {"pass": "int8", "key": "k", "options": {}, "seconds": None, "record": record}
+    return {"pass": "int8", "key": "k", "options": {}, "seconds": None, "record": record, "warnings": []}
 
 
 def test_tables_and_histograms_of_any_pass_are_drawn_and_not_listed() -> None:
