@@ -331,20 +331,11 @@ class Int8(Pass):
         self._check_formats(target)
         from deploycnn.quantization import packs
         from deploycnn.quantization.isa import detect_isa
-        from deploycnn.quantization.types import NumberFormat
 
-        isa = detect_isa()
-        pack = packs.get(target, isa)
-        reduced = pack.weight.reduced if self.reduce_range is None else self.reduce_range
-        activation, signed = pack.activation, pack.signed
-        if self.activations != "auto":
-            signed = None
-            activation = NumberFormat(dtype=self.activations, symmetric=self.activations == "int8")
-        pack = replace(
-            pack,
-            activation=activation,
-            signed=signed,
-            weight=replace(pack.weight, reduced=reduced),
+        pack = packs.with_formats(
+            packs.get(target, detect_isa()),
+            activations=None if self.activations == "auto" else self.activations,
+            reduced=self.reduce_range,
             per_channel=self.per_channel,
         )
         if self.weights_only:

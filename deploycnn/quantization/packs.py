@@ -200,6 +200,25 @@ def get(target: str, isa: Isa | None = None) -> RulePack:
     )
 
 
+def with_formats(
+    pack: RulePack, *, activations: Literal["uint8", "int8"] | None, reduced: bool | None, per_channel: bool
+) -> RulePack:
+    """``pack`` with number formats that were asked for; ``None`` leaves its own.
+
+    Args:
+        pack: A target's rules.
+        activations: Their type: "uint8" with zero points, "int8" symmetric, for signed and unsigned values alike.
+        reduced: Whether weights have 7 bits.
+        per_channel: Whether weights have one scale per output channel.
+    """
+    if activations is not None:
+        activation = NumberFormat(dtype=activations, symmetric=activations == "int8")
+        pack = replace(pack, activation=activation, signed=None)
+    if reduced is not None:
+        pack = replace(pack, weight=replace(pack.weight, reduced=reduced))
+    return replace(pack, per_channel=per_channel)
+
+
 def weights_only(pack: RulePack, dtype: Literal["int8", "int4"] = "int8") -> RulePack:
     """``pack`` for smaller files: weights as integers, everything computed in float."""
     eight = NumberFormat(dtype="int8", symmetric=True)

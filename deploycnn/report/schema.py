@@ -136,7 +136,7 @@ Step = TypedDict(
         "options": dict[str, Any],
         "seconds": float | None,
         "record": dict[str, Any],
-        "warnings": list[str],
+        "warnings": NotRequired[list[str]],  # not there in what earlier versions wrote
     },
 )
 
