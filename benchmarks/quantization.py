@@ -177,12 +177,19 @@ def accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = cifar_recipe(arguments, {"int8": {}, "int8_auto": {"mode": "auto"}})
     run = deploycnn.compress(recipe, out=arguments.work / f"accuracy-{arguments.net}")
     report: dict[str, Any] = {"problems": run.problems, "variants": run.report["variants"]}
+    told = (
+        "name",
+        "status",
+        "why",
+        "top1",
+        "top1_drop",
+        "top1_drop_interval",
+        "agreement",
+        "val_top1_drop",
+        "speedup",
+    )
     for variant in run.report["variants"]:
-        print(
-            json.dumps(
-                {key: variant.get(key) for key in ("name", "status", "why", "top1", "drop", "accuracy")}
-            )
-        )
+        print(json.dumps({key: variant[key] for key in told}))
     return report
 
 

@@ -248,7 +248,7 @@ class Figures:
 
         nothing = dict.fromkeys(
             ("top1", "top1_interval", "top1_drop", "top1_drop_interval", "val_top1_drop", "val_top1_drop_interval",
-             "mcnemar_p", "flipped", "within_budget")
+             "mcnemar_p", "agreement", "agreement_interval", "flipped", "within_budget")
         )  # fmt: skip
         test = self.measured.predictions.get((entry.name, runtime or "", "test"))
         if test is None:
@@ -268,6 +268,8 @@ class Figures:
                 "top1_drop": paired.drop,
                 "top1_drop_interval": list(paired.interval),
                 "mcnemar_p": paired.mcnemar_p,
+                "agreement": paired.agreement,
+                "agreement_interval": list(paired.agreement_interval),
                 "flipped": self.flipped(paired),
                 "within_budget": self.within_budget(paired.interval),
             }

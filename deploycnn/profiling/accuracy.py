@@ -115,6 +115,8 @@ class Drop:
         mcnemar_p: Exact, two-sided.
         right_to_wrong: Indices of the images that the baseline had right and the other has wrong.
         wrong_to_right: The converse.
+        agreement: Share of images of which both predict the same class, right or wrong.
+        agreement_interval: Wilson's.
     """
 
     drop: float
@@ -122,6 +124,8 @@ class Drop:
     mcnemar_p: float
     right_to_wrong: tuple[int, ...]
     wrong_to_right: tuple[int, ...]
+    agreement: float
+    agreement_interval: tuple[float, float]
 
     def names(self, split: Split) -> tuple[list[str], list[str]]:
         """Names of the images of ``right_to_wrong`` and ``wrong_to_right``."""
@@ -208,10 +212,13 @@ def compare(baseline: Predictions, other: Predictions, *, confidence: float = CO
     lost = np.flatnonzero(baseline.correct & ~other.correct)
     gained = np.flatnonzero(~baseline.correct & other.correct)
     count = len(baseline.labels)
+    same = int(np.equal(baseline.predicted, other.predicted).sum())
     return Drop(
         drop=(len(lost) - len(gained)) / count,
         interval=paired_difference_interval(len(lost), len(gained), count, confidence),
         mcnemar_p=mcnemar_p(len(lost), len(gained)),
         right_to_wrong=tuple(lost.tolist()),
         wrong_to_right=tuple(gained.tolist()),
+        agreement=same / count,
+        agreement_interval=wilson_interval(same, count, confidence),
     )

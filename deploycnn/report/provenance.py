@@ -168,6 +168,12 @@ def variant_facts(report: Report, variant: Variant) -> list[tuple[str, str]]:
         found.append(("change on val", f"{words.change(variant['val_top1_drop'])} points{interval}"))
     if variant["mcnemar_p"] is not None:
         found.append(("McNemar p", words.significant(variant["mcnemar_p"])))
+    if (agreement := variant.get("agreement")) is not None:
+        bounds = variant.get("agreement_interval")
+        interval = f" ({words.percent_interval(bounds, 2)})" if bounds else ""
+        found.append(
+            ("same class as the baseline", f"{words.percent(agreement, 2)}{interval} of the test images")
+        )
     if variant["size_bytes"] is not None:
         found.append(("size on disk", f"{variant['size_bytes']:,} bytes"))
     base = next(other for other in report["variants"] if other["name"] == report["baseline"]["variant"])

@@ -144,8 +144,9 @@ Step = TypedDict(
 class Variant(TypedDict):
     """One variant: accuracy on the test split, and speed on ``runtime`` with ``primary.threads`` threads.
 
-    ``passes`` are the steps in words ("prune", "int8"); ``latency_ms`` and ``speedup`` are by batch size.
-    Figures are null where ``status`` is not "measured" or where there were no data; ``why`` then says why.
+    ``agreement`` is the share of test images whose predicted class is the baseline's, right or wrong. ``passes`` are
+    the steps in words ("prune", "int8"); ``latency_ms`` and ``speedup`` are by batch size. Figures are null where
+    ``status`` is not "measured" or where there were no data; ``why`` then says why.
     """
 
     name: _Name
@@ -159,6 +160,8 @@ class Variant(TypedDict):
     val_top1_drop: float | None
     val_top1_drop_interval: _Bounds | None
     mcnemar_p: _Fraction | None
+    agreement: NotRequired[_Fraction | None]
+    agreement_interval: NotRequired[_Bounds | None]
     flipped: Flipped | None
     latency_ms: dict[str, Quantiles]
     speedup: dict[str, Speedup]

@@ -104,6 +104,20 @@ def test_the_drop_is_paired_by_image(data: Data) -> None:
     assert drop.interval == paired_difference_interval(2, 1, COUNT)
     assert drop.mcnemar_p == mcnemar_p(2, 1)
     assert drop.names(data.dataset.test) == (["img2.png", "img3.png"], ["img0.png"])
+    same = int((baseline.predicted == other.predicted).sum())
+    assert 0 < same < COUNT
+    assert drop.agreement == same / COUNT
+    assert drop.agreement_interval == wilson_interval(same, COUNT)
+
+
+def test_agreement_counts_equal_mistakes_and_no_different_ones() -> None:
+    labels = np.zeros(4, np.int64)
+    first, second = (
+        Predictions(split="test", images="x", predicted=np.array(predicted), labels=labels)
+        for predicted in ([0, 1, 1, 0], [0, 1, 2, 0])
+    )
+    assert compare(first, second).drop == 0.0
+    assert compare(first, second).agreement == 0.75
 
 
 def test_predictions_on_other_images_are_not_paired(data: Data) -> None:

@@ -201,6 +201,8 @@ def _variant(name: str, rows: list[dict[str, Any]], rng: random.Random) -> dict[
         "val_top1_drop": drop * 0.8,
         "val_top1_drop_interval": [drop - half, drop + half],
         "mcnemar_p": None if name == "fp32" else {"int8": 1.0, "pruned": 0.109, "pruned_int8": 0.344}[name],
+        "agreement": None if name == "fp32" else 1 - (lost + gained + 1) / 450,
+        "agreement_interval": None if name == "fp32" else [0.9, 1.0],
         "flipped": None
         if name == "fp32"
         else {
