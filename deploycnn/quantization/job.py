@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Images on which layers are judged one by one, and ranges compared: enough for a ratio of powers, not for top-1.
 QUICK_IMAGES = 128
+#: And no more than give outputs of this size.
+QUICK_BYTES = 2**26
 EIGHT_BITS = 8
 #: Images on which each layer's noise is measured for the table.
 TABLE_IMAGES = 16
@@ -117,7 +119,13 @@ class Job:
         judge = self._judge(model, self.judge_images) if judged else None
         quick = None
         if self.options.if_better or (judge and self.options.ladder):
-            quick = Judge(model, self._few_images, threads=self.threads, integers=self.integers)
+            quick = Judge(
+                model,
+                self._few_images,
+                threads=self.threads,
+                integers=self.integers,
+                most_bytes=QUICK_BYTES,
+            )
         found = Quantizer(
             model,
             engine,

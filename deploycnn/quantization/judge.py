@@ -7,6 +7,7 @@ still, and ranks candidates whose top-1 is equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -80,6 +81,7 @@ class Judge:
         *,
         threads: int = 1,
         integers: bool = True,
+        most_bytes: int | None = None,
     ) -> None:
         """Run ``reference`` once.
 
@@ -89,6 +91,8 @@ class Judge:
             threads: CPU threads.
             integers: Whether candidates run on this CPU's integer kernels. Where these saturate, a graph that
                 was made for better ones is to be judged without them.
+            most_bytes: Of outputs, which are kept: no more images are looked at than give these. A few with many
+                outputs each tell noise as well as many with few.
 
         Raises:
             PassRequirementError: there are no images.
@@ -99,14 +103,20 @@ class Judge:
         self._labels: list[npt.NDArray[np.int64] | None] = []
         self._outputs: list[list[npt.NDArray[np.float32]]] = []
         run = evaluator(reference, threads=threads)
+        self.images = 0
+        self._classifies = True
+        held = 0
         for images, labels in self._images:
+            self.images += len(images)
             self._labels.append(labels)
             self._outputs.append(run(images))
+            first = self._outputs[-1][0]
+            self._classifies &= first.ndim == 2 and first.shape[1] > 1 and len(first) == len(images)
+            held += sum(output.nbytes for output in self._outputs[-1])
+            if most_bytes is not None and held >= most_bytes:
+                break
         if not self._labels:
             raise PassRequirementError("no validation images to judge by; give data with a val split")
-        first = self._outputs[0][0]
-        self._classifies = first.ndim == 2 and first.shape[1] > 1
-        self.images = sum(len(outputs[0]) for outputs in self._outputs)
         self._hits = sum(
             int((outputs[0].argmax(axis=1) == labels).sum())
             for outputs, labels in zip(self._outputs, self._labels, strict=True)
@@ -120,11 +130,15 @@ class Judge:
         run = evaluator(packed(candidate), threads=self._threads, integers=self._integers)
         signal = noise = 0.0
         hits = same = 0
-        for index, (images, labels) in enumerate(self._images):
-            expected, found = self._outputs[index], run(images)
+        # Outputs first: there may be fewer than images.
+        for expected, (images, labels) in zip(self._outputs, self._images, strict=False):
+            found = run(images)
             for right, output in zip(expected, found, strict=True):
-                signal += float(np.square(right, dtype=np.float64).sum())
-                noise += float(np.square(right.astype(np.float64) - output).sum())
+                power = float(np.square(right, dtype=np.float64).sum())
+                signal += power
+                # So many boxes as were found: other numbers of them have nothing in common that could be compared.
+                alike = right.shape == output.shape
+                noise += float(np.square(right.astype(np.float64) - output).sum()) if alike else power
             if self._classifies:
                 predicted = found[0].argmax(axis=1)
                 hits += 0 if labels is None else int((predicted == labels).sum())
@@ -163,7 +177,9 @@ class _Held:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Ratio of two powers; ``EXACT_DB`` at most, and that without noise."""
+    """Ratio of two powers; ``EXACT_DB`` at most, and that without noise; ``-EXACT_DB`` where either is not finite."""
+    if not math.isfinite(signal) or not math.isfinite(noise):
+        return -EXACT_DB
     if noise <= 0.0 or signal / noise >= 10.0 ** (EXACT_DB / 10):
         return EXACT_DB
     return float(10.0 * np.log10(signal / noise)) if signal > 0 else -EXACT_DB

@@ -126,6 +126,16 @@ def test_images_without_classes_rank_by_noise_and_agreement_alone(model: ModelPr
     assert (found.agreement, found.sqnr_db, found.images) == (known.agreement, known.sqnr_db, known.images)
 
 
+def test_no_more_images_are_looked_at_than_give_so_many_outputs(model: ModelProto) -> None:
+    other = disturbed(model, 0.05)
+    one, all_of_them = Judge(model, batches(count=1))(other), Judge(model, batches(count=3))(other)
+    assert one.sqnr_db != all_of_them.sqnr_db
+    # Five images of five float32 in each batch.
+    for most, expected in ((1, one), (100, one), (201, all_of_them), (10_000, all_of_them)):
+        judge = Judge(model, batches(count=3), most_bytes=most)
+        assert [judge(other), judge(other)] == [expected, expected]
+
+
 def test_batches_of_large_images_hold_few() -> None:
     def sizes(size: int) -> list[int]:
         return [len(content) for content, _ in val_batches(pictures(val=100, size=size), None, 0)()]
@@ -140,6 +150,21 @@ def test_decibels() -> None:
     assert decibels(100.0, 1.0) == pytest.approx(20.0)
     assert decibels(1.0, 0.0) == EXACT_DB
     assert decibels(0.0, 1.0) == -EXACT_DB
+    for broken in (float("nan"), float("inf")):
+        assert decibels(1.0, broken) == decibels(broken, 1.0) == -EXACT_DB
+
+
+def test_as_many_boxes_as_are_found_need_not_be_equally_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = np.zeros((3, 3, 12, 12), np.float32)
+    outputs = {5: np.ones((5, 4), np.float32), 7: np.full((7, 4), 9, np.float32)}
+    monkeypatch.setattr(judging, "evaluator", lambda model, **_: lambda _: [outputs[model]])
+    monkeypatch.setattr(judging, "packed", lambda model: model)
+    judge = Judge(5, lambda: iter([(content, np.zeros(3, np.int64))]))  # type: ignore[arg-type]
+    assert judge.top1 is None
+    assert judge.images == 3
+    assert judge(5).sqnr_db == EXACT_DB  # type: ignore[arg-type]
+    assert judge(7).sqnr_db == 0.0  # type: ignore[arg-type]
+    assert judge(7).agreement is None  # type: ignore[arg-type]
 
 
 def test_what_would_saturate_is_computed_as_the_graph_says() -> None:
