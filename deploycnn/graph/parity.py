@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,8 +77,12 @@ class Parity:
     evaluator: str = field(default="onnxruntime")
 
     def to_json(self) -> Json:
-        """The record kept with the artifact."""
-        return {**asdict(self), "batch_sizes": list(self.batch_sizes), "informative": self.informative}
+        """The record kept with the artifact; ``None`` where an error is not finite, as its outputs are not."""
+        found = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        return {**found, "batch_sizes": list(self.batch_sizes), "informative": self.informative}
 
     @property
     def informative(self) -> bool:
@@ -161,16 +166,30 @@ def measure_parity(
 
 def _errors(expected: Array, actual: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Per image: the largest absolute error (infinite for a wrong shape) and largest expected magnitude."""
-    right = expected.astype(np.float64).reshape(len(expected), -1)
+    right = _by_row(expected)
+    peaks = np.abs(right).max(axis=1, initial=0.0)
     if expected.shape != actual.shape:
-        return np.full(len(expected), np.inf), np.abs(right).max(axis=1)
-    found = actual.astype(np.float64).reshape(len(actual), -1)
-    return np.abs(right - found).max(axis=1), np.abs(right).max(axis=1)
+        return np.full(len(right), np.inf), peaks
+    return np.abs(right - _by_row(actual)).max(axis=1, initial=0.0), peaks
+
+
+def _by_row(output: Array) -> npt.NDArray[np.float64]:
+    """(rows, elements of each); a scalar is one row."""
+    rows = np.atleast_1d(output).astype(np.float64)
+    return rows.reshape(len(rows), int(np.prod(rows.shape[1:])))
 
 
 def _spread(outputs: Sequence[Array]) -> float:
-    """Largest distance of an output element from its mean over all images; 0 for a single image."""
-    values = np.concatenate([output.astype(np.float64).reshape(len(output), -1) for output in outputs])
+    """Largest distance of an output element from its mean over all images; 0 for a single image.
+
+    And 0 where the number of elements depends on the image: there is no mean then.
+    """
+    rows = [_by_row(output) for output in outputs]
+    if len({row.shape[1] for row in rows}) > 1:
+        return 0.0
+    values = np.concatenate(rows)
+    if not len(values):
+        return 0.0
     return float(np.abs(values - values.mean(axis=0)).max(initial=0.0))
 
 
@@ -243,10 +262,16 @@ def _in_batches(run: Evaluate, size: int) -> Evaluate:
         for piece in _chunks(images, size):
             missing = size - len(piece)
             filled = np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)]) if missing else piece
-            parts.append([output[: len(piece)] for output in run(filled)])
+            parts.append([_without_copies(output, len(piece), size) for output in run(filled)])
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     return whole
+
+
+def _without_copies(output: Array, count: int, size: int) -> Array:
+    """What the first ``count`` of ``size`` images made: as many rows for each image, or nothing that could be cut."""
+    rows = np.atleast_1d(output)
+    return rows[: count * (len(rows) // size)] if len(rows) % size == 0 else rows
 
 
 def module_evaluator(module: nn.Module) -> Evaluate:

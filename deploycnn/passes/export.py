@@ -20,7 +20,7 @@ class Export(Pass):
 
     consumes: ClassVar[Format | None] = "torch"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     gives_precision: ClassVar[str | None] = "fp32"
 
     opset: Annotated[

@@ -216,6 +216,12 @@ class Int8(Pass):
             ctx.log.info("%d operators fused, %d stray Q/DQ", record.fused.quantized, record.fused.stray)
         quantized = load_onnx(path)
         parity = self._parity(source.path, path, ctx)
+        if not math.isfinite(parity.max_abs_error):
+            ctx.log.warning(
+                "outputs are NaN or infinite, or of other shapes, on some of %d %s: how far INT8 moves them is unknown",
+                parity.images,
+                parity.source,
+            )
         return Draft(
             format="onnx",
             inputs=tensor_specs(runtime_inputs(quantized)),

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 def bias_shifts(
     model: ModelProto,
     plan: Plan,
-    means: Mapping[str, Floats],
+    means: Mapping[str, npt.NDArray[np.float32]],
     *,
     weights: Mapping[str, IntegerWeight] | None = None,
 ) -> dict[str, Floats]:
@@ -84,7 +84,7 @@ def _layers(model: ModelProto, plan: Plan) -> list[NodeProto]:
     ]
 
 
-def _mean_output(node: NodeProto, mean: Floats, weight: npt.NDArray[np.float32]) -> Floats:
+def _mean_output(node: NodeProto, mean: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> Floats:
     """Mean over positions of each output channel of a layer with ``weight`` and no bias, on one mean input."""
     copy = NodeProto()
     copy.CopyFrom(node)
@@ -99,7 +99,7 @@ def _mean_output(node: NodeProto, mean: Floats, weight: npt.NDArray[np.float32])
         [numpy_helper.from_array(weight, node.input[1])],
     )
     layer = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    (output,) = evaluator(layer)(mean[None].astype(np.float32))
+    (output,) = evaluator(layer)(mean[None])
     by_channel: Floats = output[0].reshape(output.shape[1], -1).mean(axis=1, dtype=np.float64)
     return by_channel
 

@@ -26,12 +26,13 @@ class Calibration:
     Attributes:
         images: How many.
         values: Name of each value -> its summary.
-        means: Name of each value whose mean map was asked for -> mean over the images, in the shape of one image's.
+        means: Name of each value whose mean map was asked for -> mean over the first axis (the images), in the shape of
+            one image's.
     """
 
     images: int
     values: Mapping[str, Statistics]
-    means: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    means: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to one ``.npz`` file, without the mean maps."""
@@ -73,23 +74,28 @@ def calibrate(
     """
     wanted = float_values(model) if values is None else list(values)
     summaries = {name: Statistics(histogram=histograms) for name in wanted}
-    # Made beforehand: values are visited by several threads.
-    sums: dict[str, npt.NDArray[np.float64]] = {name: np.zeros(()) for name in means}
+    sums: dict[str, npt.NDArray[np.float32]] = {}
+    # Not images: a reshape may have folded positions into the first axis.
+    rows = dict.fromkeys(means, 0)
 
     def visit(name: str, content: npt.NDArray[np.float32]) -> None:
         ends = statistics.extremes(content)
         refuse_not_finite(model, name, ends)
         if name in summaries:
             summaries[name].update(content, ends)
-        if name in sums:
-            sums[name] = sums[name] + content.sum(axis=0, dtype=np.float64)
+        if name in rows:
+            total = content.sum(axis=0, dtype=np.float32)
+            sums[name] = np.add(sums[name], total, out=sums[name]) if name in sums else total
+            rows[name] += len(content)
 
     watched = [*wanted, *(name for name in means if name not in summaries)]
     count = observe(model, watched, images, visit, threads=threads, progress=progress, check_values=False)
     if not count:
         raise PassRequirementError("no calibration images; give data with a non-empty training split")
     return Calibration(
-        images=count, values=summaries, means={name: total / count for name, total in sums.items()}
+        images=count,
+        values=summaries,
+        means={name: total / np.float32(rows[name]) for name, total in sums.items()},
     )
 
 

@@ -118,7 +118,7 @@ class Engine:
             self._seen[id(model)] = (model, seen)
         return seen
 
-    def mean_maps(self, candidate: Candidate) -> Mapping[str, npt.NDArray[np.float64]]:
+    def mean_maps(self, candidate: Candidate) -> Mapping[str, npt.NDArray[np.float32]]:
         """What the layers read whose biases can be corrected, on average over the calibration images."""
         self._mean_maps = True
         return self.calibration(candidate.model, self.plan(candidate)).means

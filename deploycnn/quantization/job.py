@@ -17,7 +17,7 @@ from deploycnn.quantization.engine import Engine, Images
 from deploycnn.quantization.fusion import census
 from deploycnn.quantization.harm import Unharmed, do_no_harm
 from deploycnn.quantization.isa import detect_isa
-from deploycnn.quantization.judge import Judge, Labelled
+from deploycnn.quantization.judge import Judge, Labelled, images_at_once
 from deploycnn.quantization.layers import layer_table, unfused_layers, value_sqnr
 from deploycnn.quantization.packed import measure, packed
 from deploycnn.quantization.packs import RulePack
@@ -244,9 +244,12 @@ class Job:
             yield from self.judging(QUICK_IMAGES)()
             return
         left = QUICK_IMAGES
-        for images in self.images():
-            yield images[:left], None
-            left -= len(images[:left])
+        for batch in self.images():
+            images = batch[:left]
+            size = images_at_once(*images.shape[2:])
+            for start in range(0, len(images), size):
+                yield images[start : start + size], None
+            left -= len(images)
             if not left:
                 return
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,8 @@ class Judge:
         run = evaluator(reference, threads=threads)
         self.images = 0
         self._classifies = True
+        # Beside real numbers, classes and indices tell nothing more.
+        self._real = False
         held = 0
         for images, labels in self._images:
             self.images += len(images)
@@ -112,8 +115,10 @@ class Judge:
             self._outputs.append(run(images))
             first = self._outputs[-1][0]
             self._classifies &= first.ndim == 2 and first.shape[1] > 1 and len(first) == len(images)
+            self._real |= any(output.dtype.kind == "f" for output in self._outputs[-1])
             held += sum(output.nbytes for output in self._outputs[-1])
             if most_bytes is not None and held >= most_bytes:
+                self._images.stop_behind(len(self._outputs))
                 break
         if not self._labels:
             raise PassRequirementError("no validation images to judge by; give data with a val split")
@@ -130,15 +135,12 @@ class Judge:
         run = evaluator(packed(candidate), threads=self._threads, integers=self._integers)
         signal = noise = 0.0
         hits = same = 0
-        # Outputs first: there may be fewer than images.
-        for expected, (images, labels) in zip(self._outputs, self._images, strict=False):
+        for expected, (images, labels) in zip(self._outputs, self._images, strict=True):
             found = run(images)
             for right, output in zip(expected, found, strict=True):
-                power = float(np.square(right, dtype=np.float64).sum())
-                signal += power
-                # So many boxes as were found: other numbers of them have nothing in common that could be compared.
-                alike = right.shape == output.shape
-                noise += float(np.square(right.astype(np.float64) - output).sum()) if alike else power
+                if right.dtype.kind == "f" or not self._real:
+                    power, error = _powers(right, output)
+                    signal, noise = signal + power, noise + error
             if self._classifies:
                 predicted = found[0].argmax(axis=1)
                 hits += 0 if labels is None else int((predicted == labels).sum())
@@ -159,6 +161,11 @@ class _Held:
         self._make = batches
         self._limit = limit
         self._kept: list[Labelled] | None = None
+        self._most: int | None = None
+
+    def stop_behind(self, batches: int) -> None:
+        """Give no more than so many batches from now on."""
+        self._most = batches
 
     def __iter__(self) -> Iterator[Labelled]:
         if self._kept is not None:
@@ -166,7 +173,7 @@ class _Held:
             return
         kept: list[Labelled] | None = []
         size = 0
-        for batch in self._make():
+        for batch in islice(self._make(), self._most):
             size += batch[0].nbytes
             if kept is not None and size <= self._limit:
                 kept.append(batch)
@@ -174,6 +181,26 @@ class _Held:
                 kept = None
             yield batch
         self._kept = kept
+
+
+def _powers(right: npt.NDArray[Any], output: npt.NDArray[Any]) -> tuple[float, float]:
+    """Power of an output, and of its error; of integers, how many there are and how many differ.
+
+    What is not finite in the float model (the logarithm of zero) has no error that could be compared.
+    """
+    if right.shape != output.shape:
+        # So many boxes as were found: other numbers of them have nothing in common.
+        right, output = right.ravel(), np.zeros(right.size, right.dtype)
+    if right.dtype.kind != "f":
+        return float(right.size), float(np.not_equal(right, output).sum())
+    finite = np.isfinite(right)
+    right, output = right[finite].astype(np.float64), output[finite].astype(np.float64)
+    return float(np.square(right).sum()), float(np.square(right - output).sum())
+
+
+def images_at_once(height: int, width: int) -> int:
+    """How many images of a size are judged in one batch."""
+    return int(np.clip(_BATCH_BYTES // (3 * height * width * 4), 1, _BATCH))
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -191,8 +218,7 @@ def val_batches(data: Data, count: int | None, seed: int) -> Callable[[], Iterat
     from deploycnn.data.loader import batches
 
     split = data.dataset.val
-    height, width = data.preprocessing.size
-    size = int(np.clip(_BATCH_BYTES // (3 * height * width * 4), 1, _BATCH))
+    size = images_at_once(*data.preprocessing.size)
 
     def make() -> Iterator[Labelled]:
         if not len(split):

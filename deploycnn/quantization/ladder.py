@@ -95,7 +95,7 @@ def climb(
         rungs: In the order in which they are tried.
         build: From a candidate to its graph.
         judge: Compares a graph with its float twin.
-        max_top1_drop: The budget, a fraction of 1; ``None``: whatever is better stays.
+        max_top1_drop: The budget, a fraction of 1; ``None``: what makes the outputs less noisy stays.
         first: What the first candidate is called in the log.
         tell: Told what is being tried.
         clock: Seconds.
@@ -128,7 +128,11 @@ def climb(
             continue
         graph = build(candidate)
         found = judge(graph)
-        better = met(found) or _better(found, judgement)
+        better = (
+            met(found) or _better(found, judgement)
+            if max_top1_drop is not None
+            else found.sqnr_db > judgement.sqnr_db
+        )
         tried.append(
             Tried(
                 rung=rung.name,
@@ -153,13 +157,14 @@ def _better(new: Judgement, old: Judgement) -> bool:
     """Less noise in the outputs, unless it drops top-1 further than the noise of counting explains.
 
     SQNR ranks finely where top-1 cannot; but the images' classes are what counts, so a candidate that loses
-    more than two standard errors of a paired difference is not better whatever its noise.
+    more than two standard errors of a paired difference is not better whatever its noise. Being right more often than
+    the float model is luck on these images, and no merit.
     """
     if new.top1_drop is None or old.top1_drop is None:
         return new.sqnr_db > old.sqnr_db
     changed = max(1.0 - (new.agreement or 0.0), 1.0 - (old.agreement or 0.0), 1.0 / new.images)
     tolerated = 2.0 * (changed / new.images) ** 0.5
-    difference = new.top1_drop - old.top1_drop
+    difference = max(new.top1_drop, 0.0) - max(old.top1_drop, 0.0)
     if abs(difference) > tolerated:
         return difference < 0
     return new.sqnr_db > old.sqnr_db

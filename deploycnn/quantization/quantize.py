@@ -254,7 +254,7 @@ def ladder_table(tried: Sequence[Tried]) -> list[tuple[str | float | bool | None
             step.kept,
             None
             if step.judgement is None or step.judgement.top1_drop is None
-            else -100 * step.judgement.top1_drop,
+            else 0.0 - 100 * step.judgement.top1_drop,  # not -0
             None
             if step.judgement is None or step.judgement.agreement is None
             else 100 * step.judgement.agreement,

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from deploycnn.errors import ArtifactError, ParityError, PassRequirementError
@@ -239,6 +240,63 @@ def test_parity_says_where_outputs_hardly_depend_on_the_image() -> None:
     nearly = constant + np.float32([[0], [0], [0], [1e-6]])
     result = measure_parity(lambda _: [nearly], lambda _: [constant], x, **arguments)  # type: ignore[arg-type]
     assert not result.informative
+
+
+LAX: dict[str, Any] = {
+    "batch_sizes": (2,),
+    "tolerance": None,
+    "source": "random images",
+    "against": "pytorch",
+}
+
+
+def test_parity_of_outputs_that_are_no_rows_of_scores() -> None:
+    x = images(4, SHAPE)
+    scalar = measure_parity(lambda _: [np.float32(2)], lambda _: [np.float32(2.5)], x, **LAX)
+    assert (scalar.max_abs_error, scalar.max_rel_error) == (0.5, 0.25)
+
+    def found(batch):
+        """As many columns as are found: two in the first batch, three in the second."""
+        return [np.ones((2, 2 + int(np.array_equal(batch[0], x[2]))), np.float32)]
+
+    varying = measure_parity(found, lambda batch: [found(batch)[0] + np.float32(0.5)], x, **LAX)
+    assert varying.max_abs_error == 0.5
+    assert varying.max_spread_error is None
+    nothing = measure_parity(
+        lambda _: [np.zeros((0, 4), np.float32)], lambda _: [np.zeros((0, 4), np.float32)], x, **LAX
+    )
+    assert nothing.max_abs_error == 0.0
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_errors_that_are_not_finite_have_no_number_in_the_record(wrong: float) -> None:
+    odd = np.float32([[1, wrong], [0, 1]])
+    result = measure_parity(lambda _: [odd], lambda _: [odd], images(4, SHAPE), **LAX)
+    record = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert record["max_abs_error"] is None
+    assert not record["informative"]
+
+
+def test_a_fixed_batch_gives_all_rows_that_its_images_make() -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["x", "shape"], ["rows"]),
+            helper.make_node("ReduceMax", ["x"], ["most"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 2, 2])],
+        [
+            helper.make_tensor_value_info("rows", TensorProto.FLOAT, [6, 4]),
+            helper.make_tensor_value_info("most", TensorProto.FLOAT, None),
+        ],
+        [numpy_helper.from_array(np.array([-1, 4]), "shape")],
+    )
+    graph.node[1].attribute.append(helper.make_attribute("keepdims", 0))
+    run = evaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8))
+    x = np.random.default_rng(0).standard_normal((5, 3, 2, 2)).astype(np.float32)
+    rows, most = run(x)
+    np.testing.assert_array_equal(rows, x.reshape(-1, 4))
+    np.testing.assert_array_equal(most, [x[:2].max(), x[2:4].max(), x[4].max()])
 
 
 def test_parity_without_onnxruntime_uses_the_reference_evaluator(model, exported, monkeypatch) -> None:

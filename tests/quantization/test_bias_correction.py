@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, helper, numpy_helper
 
 from deploycnn.errors import PassRequirementError
+from deploycnn.graph.model import infer_shapes
 from deploycnn.graph.parity import evaluator
 from deploycnn.quantization import packs
 from deploycnn.quantization.bias_correction import bias_shifts, correct_biases, inputs_of
@@ -116,6 +117,29 @@ def test_mean_maps_are_means() -> None:
     found = calibrate(model, np.array_split(batch, 4), values=[], means=["images", read], threads=2).means
     np.testing.assert_allclose(found["images"], batch.mean(axis=0, dtype=np.float64), atol=1e-6)
     np.testing.assert_allclose(found[read], value(model, read, batch).mean(axis=0), atol=1e-5)
+
+
+def test_positions_in_the_first_axis_are_no_images() -> None:
+    """A Gemm that reads positions as rows is corrected by their mean, not by their sum."""
+    builder = Builder(0)
+    read = builder.conv(4)
+    rng = np.random.default_rng(0)
+    rows, weight = numpy_helper.from_array(np.array([-1, 4]), "rows"), rng.standard_normal((4, 5))
+    model = builder.finish()
+    model.graph.initializer.extend([rows, numpy_helper.from_array(weight.astype(np.float32), "matrix")])
+    model.graph.node.extend(
+        [
+            helper.make_node("Transpose", [read], ["last"], perm=[0, 2, 3, 1], name="transpose"),
+            helper.make_node("Reshape", ["last", "rows"], ["folded"], name="fold"),
+            helper.make_node("Gemm", ["folded", "matrix"], ["scores"], name="scores"),
+        ]
+    )
+    model.graph.output.append(helper.make_tensor_value_info("scores", 1, [None, 5]))
+    model = infer_shapes(model)
+    batch = images(30)
+    mean = calibrate(model, np.array_split(batch, 4), values=[], means=["folded"]).means["folded"]
+    expected = value(model, read, batch).mean(axis=(0, 2, 3))
+    np.testing.assert_allclose(mean, expected, atol=1e-5)
 
 
 def test_nothing_to_correct_and_no_images_are_refused() -> None:

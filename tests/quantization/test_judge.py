@@ -136,6 +136,45 @@ def test_no_more_images_are_looked_at_than_give_so_many_outputs(model: ModelProt
         assert [judge(other), judge(other)] == [expected, expected]
 
 
+def test_images_beyond_the_last_one_are_not_made_again(model: ModelProto) -> None:
+    made = []
+
+    def counted():
+        for batch in batches(count=3)():
+            made.append(1)
+            yield batch
+
+    judge = Judge(model, counted, most_bytes=100)
+    for _ in range(3):
+        judge(disturbed(model, 0.05))
+    assert len(made) == 2, "once for the float model, once to be kept"
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, *outputs: list[np.ndarray]):
+    """Judgements of the second to the last of ``outputs`` against the first, for two images."""
+    content = np.zeros((2, 3, 12, 12), np.float32)
+    monkeypatch.setattr(judging, "evaluator", lambda which, **_: lambda _: outputs[which])
+    monkeypatch.setattr(judging, "packed", lambda which: which)
+    judge = Judge(0, lambda: iter([(content, None)]))  # type: ignore[arg-type]
+    return [judge(which) for which in range(1, len(outputs))]  # type: ignore[arg-type]
+
+
+def test_classes_tell_of_noise_only_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, classes = np.float32([[3, 4], [0, 0]]), np.int64([7, 9])
+    other = [real + np.float32([[0.5, 0], [0, 0]]), np.int64([7, 1])]
+    assert faked(monkeypatch, [real, classes], other)[0].sqnr_db == pytest.approx(20.0)
+    assert faked(monkeypatch, [classes], [np.int64([7, 1])])[0].sqnr_db == pytest.approx(10 * np.log10(2))
+    assert faked(monkeypatch, [classes], [classes])[0].sqnr_db == EXACT_DB
+
+
+def test_what_is_not_finite_in_the_float_model_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = np.float32([[3, -np.inf], [np.nan, 4]])
+    near, broken = np.float32([[3.5, -5], [1, 4]]), np.float32([[np.nan, -5], [1, 4]])
+    found, worst = faked(monkeypatch, [right], [near], [broken])
+    assert found.sqnr_db == pytest.approx(20.0)
+    assert worst.sqnr_db == -EXACT_DB
+
+
 def test_batches_of_large_images_hold_few() -> None:
     def sizes(size: int) -> list[int]:
         return [len(content) for content, _ in val_batches(pictures(val=100, size=size), None, 0)()]

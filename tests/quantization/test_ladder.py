@@ -77,6 +77,17 @@ def test_without_a_budget_every_rung_is_tried_that_may_be_needed() -> None:
     assert not found.met
 
 
+def test_without_a_budget_noise_alone_ranks() -> None:
+    worth = {(): (-0.2, 15.0), ("a",): (0.0, 40.0), ("a", "b"): (-0.3, 39.0)}
+    assert climbing(worth, [adding("a"), adding("b")], budget=None).candidate == ("a",)
+
+
+def test_being_right_more_often_than_the_float_model_is_no_merit() -> None:
+    worth = {(): (-0.2, 15.0), ("a",): (0.0, 40.0), ("a", "b"): (-0.3, 39.0)}
+    found = climbing(worth, [adding("a"), adding("b")], budget=-1.0)
+    assert found.candidate == ("a",)
+
+
 def test_what_meets_the_budget_is_kept_however_noisy_its_outputs() -> None:
     """Training moves the outputs away from the float model's, and may win all of top-1 back."""
     worth = {(): (0.003, 30.0), ("qat",): (0.001, 20.0)}
