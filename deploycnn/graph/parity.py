@@ -115,6 +115,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 _WEAK = 0.1
 
 
+@np.errstate(invalid="ignore")  # infinity minus infinity is told as no number
 def measure_parity(
     reference: Evaluate,
     candidate: Evaluate,
