@@ -61,6 +61,8 @@ class Quantized:
         model: The graph.
         judgement: Of it, on the images that chose; ``None`` where nothing was judged.
         met: Whether the budget is met; ``None`` without one.
+        remedies: Names of those that stayed, in the order in which they were applied; a later one may take the place of
+            what an earlier one did.
         compared: What was tried for less noise, on the images of the quick judge, in order.
         tried: What was tried for the budget, in order.
         sensitivities: Of the layers, where they were measured.
@@ -71,6 +73,7 @@ class Quantized:
     model: ModelProto
     judgement: Judgement | None = None
     met: bool | None = None
+    remedies: tuple[str, ...] = ()
     compared: tuple[Tried, ...] = ()
     tried: tuple[Tried, ...] = ()
     sensitivities: tuple[Sensitivity, ...] = ()
@@ -78,7 +81,7 @@ class Quantized:
 
     def to_json(self) -> Json:
         """What the record says of the search."""
-        found: dict[str, Json] = {}
+        found: dict[str, Json] = {"remedies": list(self.remedies)}
         if self.judgement is not None:
             found["judged"] = self.judgement.to_json()
             found["budget_met"] = self.met
@@ -138,7 +141,9 @@ class Quantizer:
         """
         start, applied, compared = self._remedied(options)
         if options.max_top1_drop is None or self._judge is None:
-            return Quantized(candidate=start, model=self._engine.build(start), compared=compared)
+            return Quantized(
+                candidate=start, model=self._engine.build(start), remedies=tuple(applied), compared=compared
+            )
         self._budget = options.max_top1_drop
         found = climb(
             start,
@@ -146,7 +151,7 @@ class Quantizer:
             self._engine.build,
             self._judge,
             max_top1_drop=options.max_top1_drop,
-            first=_label(start, applied),
+            first=" + ".join((start.calibrator, *applied)),
             tell=self._tell,
         )
         kept = any(step.rung in {FLOAT_LAYERS, FEW_FLOAT_LAYERS} and step.kept for step in found.tried)
@@ -155,6 +160,7 @@ class Quantizer:
             model=found.model,
             judgement=found.judgement,
             met=found.met,
+            remedies=(*applied, *_remedies(found.tried)),
             compared=compared,
             tried=found.tried,
             sensitivities=self._sensitivities,
@@ -180,12 +186,12 @@ class Quantizer:
                     self._engine.build,
                     self._quick_judge,
                     max_top1_drop=None,
-                    first=_label(start, applied),
+                    first=" + ".join((start.calibrator, *applied)),
                     tell=self._tell,
                 )
                 start = found.candidate
                 compared += found.tried
-                applied += [step.rung for step in found.tried[1:] if step.kept]
+                applied += _remedies(found.tried)
                 continue
             for name in names:
                 self._tell(name)
@@ -241,9 +247,9 @@ class Quantizer:
         return found.keep_float
 
 
-def _label(candidate: Candidate, applied: Sequence[str]) -> str:
-    """Ranges and remedies, for the log: one choice of ranges takes the place of another."""
-    return " + ".join((candidate.calibrator, *(name for name in applied if name not in get_args(Calibrator))))
+def _remedies(tried: Sequence[Tried]) -> list[str]:
+    """Those that stayed; one choice of ranges takes the place of another, and the candidate knows the last."""
+    return [step.rung for step in tried[1:] if step.kept and step.rung not in get_args(Calibrator)]
 
 
 def ladder_table(tried: Sequence[Tried]) -> list[tuple[str | float | bool | None, ...]]:

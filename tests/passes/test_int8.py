@@ -43,6 +43,9 @@ def test_int8_writes_a_quantized_model_and_says_how(exported: Artifact, tmp_path
     record = draft.facts.record["int8"]
     assert record["images"] == 25
     assert record["calibrator"] in {"minmax", "percentile 99.999", "mse"}
+    (compared,) = [t["rows"] for t in draft.facts.record["tables"] if t["title"].startswith("Compared")]
+    stayed = [row[0] for row in compared if row[1] and row[0] in {"equalize", "correct_bias"}]
+    assert record["remedies"] == stayed
     assert "asymmetric uint8" in record["scheme"]
     assert record["fused"]["quantized"] == 5
     assert record["fused"]["float_compute"] == 0
