@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,8 @@ def test_interrupting_stops_the_build(at: int, tmp_path: Path, rtx: Flavour) -> 
         steps.append(message)
         if len(steps) == at + 1:
             os.kill(os.getpid(), signal.SIGINT)
+            # The builder's thread: such a small net would be built before a busy machine runs the waiting one.
+            time.sleep(1.0)
 
     # Shells start background jobs, and with them tests, with the signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
