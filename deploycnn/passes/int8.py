@@ -291,25 +291,23 @@ class Int8(Pass):
             )
         # Nothing has a range where activations stay float.
         compared = None if self.calibrator == "auto" and not self.weights_only else False
-        wanted: dict[str, bool | None] = {
+        wanted: tuple[tuple[str, bool | None], ...] = (
             # Asked for: ranges are chosen for the graph that comes of it.
-            **({"equalize": True} if self.equalize else {}),
-            "absorb_bias": self.absorb_bias,
-            **dict.fromkeys(COMPARED, compared),
+            ("equalize", bool(self.equalize)),
+            ("absorb_bias", self.absorb_bias),
+            *((name, compared) for name in COMPARED),
             # Not asked for: whether it is needed is known with the best ranges.
-            **({} if self.equalize else {"equalize": self.equalize}),
-            "adaround": self._learns_rounding,
+            ("equalize", None if self.equalize is None else False),
+            ("adaround", self._learns_rounding),
             # Last: biases make up for the rounding that was decided.
-            "correct_bias": self.correct_bias,
-        }
+            ("correct_bias", self.correct_bias),
+        )
         return Options(
             calibrator="minmax" if self.calibrator == "auto" else self.calibrator,
             exclude=self.exclude,
-            remedies=tuple(name for name, asked in wanted.items() if asked is not False),
+            remedies=tuple(name for name, asked in wanted if asked is not False),
             if_better={
-                name: _GOOD_DB if name == "equalize" else math.inf
-                for name, asked in wanted.items()
-                if asked is None
+                name: _GOOD_DB if name == "equalize" else math.inf for name, asked in wanted if asked is None
             },
             ladder=(FLOAT_LAYERS,),
             max_top1_drop=self.max_top1_drop,

@@ -105,62 +105,50 @@ def climb(
     best = start
     model = build(best)
     judgement = judge(model)
-    tried = [
-        Tried(rung=first, judgement=judgement, kept=True, why="", seconds=clock() - started),
-    ]
-
-    def met(found: Judgement) -> bool:
-        return max_top1_drop is not None and found.within(max_top1_drop)
-
+    tried = [Tried(rung=first, judgement=judgement, kept=True, why="", seconds=clock() - started)]
     for rung in rungs:
-        if met(judgement):
+        if _met(judgement, max_top1_drop):
             break
         if judgement.sqnr_db >= rung.below_db:
             continue
         tell(rung.name)
         started = clock()
+        found, why = None, ""
         try:
             candidate = rung.apply(best)
         except PassRequirementError as error:
-            tried.append(
-                Tried(rung=rung.name, judgement=None, kept=False, why=str(error), seconds=clock() - started)
-            )
-            continue
-        graph = build(candidate)
-        found = judge(graph)
-        better = (
-            met(found) or _better(found, judgement)
-            if max_top1_drop is not None
-            else found.sqnr_db > judgement.sqnr_db
-        )
-        tried.append(
-            Tried(
-                rung=rung.name,
-                judgement=found,
-                kept=better,
-                why="" if better else "not better than without it",
-                seconds=clock() - started,
-            )
-        )
-        if better:
-            best, model, judgement = candidate, graph, found
+            why = str(error)
+        else:
+            graph = build(candidate)
+            found = judge(graph)
+            if _better(found, judgement, max_top1_drop):
+                best, model, judgement = candidate, graph, found
+            else:
+                why = "not better than without it"
+        tried.append(Tried(rung=rung.name, judgement=found, kept=not why, why=why, seconds=clock() - started))
     return Climb(
         candidate=best,
         model=model,
         judgement=judgement,
-        met=met(judgement),
+        met=_met(judgement, max_top1_drop),
         tried=tuple(tried),
     )
 
 
-def _better(new: Judgement, old: Judgement) -> bool:
-    """Less noise in the outputs, unless it drops top-1 further than the noise of counting explains.
+def _met(judgement: Judgement, max_top1_drop: float | None) -> bool:
+    return max_top1_drop is not None and judgement.within(max_top1_drop)
 
-    SQNR ranks finely where top-1 cannot; but the images' classes are what counts, so a candidate that loses
-    more than two standard errors of a paired difference is not better whatever its noise. Being right more often than
-    the float model is luck on these images, and no merit.
+
+def _better(new: Judgement, old: Judgement, max_top1_drop: float | None) -> bool:
+    """Less noise in the outputs; with a budget, unless it drops top-1 further than the noise of counting explains.
+
+    What meets the budget is better than what has not. SQNR ranks finely where top-1 cannot; but the images' classes are
+    what counts, so a candidate that loses more than two standard errors of a paired difference is not better whatever
+    its noise. Being right more often than the float model is luck on these images, and no merit.
     """
-    if new.top1_drop is None or old.top1_drop is None:
+    if _met(new, max_top1_drop):
+        return True
+    if max_top1_drop is None or new.top1_drop is None or old.top1_drop is None:
         return new.sqnr_db > old.sqnr_db
     changed = max(1.0 - (new.agreement or 0.0), 1.0 - (old.agreement or 0.0), 1.0 / new.images)
     tolerated = 2.0 * (changed / new.images) ** 0.5
