@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import onnx
@@ -28,9 +29,8 @@ def load_onnx(path: Path) -> ModelProto:
     """Read a model with its external data.
 
     Raises:
-        ArtifactError: the file is missing, truncated or not ONNX, or its external data is missing or lies
-        outside
-            the model's folder.
+        ArtifactError: the file is missing, truncated or not ONNX, a node of it depends on its own result, or its
+            external data is missing or lies outside the model's folder.
     """
     try:
         # From its bytes: by a path, the library would take a file for text or JSON by how its name ends.
@@ -45,12 +45,35 @@ def load_onnx(path: Path) -> ModelProto:
         ) from error
     if not model.graph.node and not model.graph.output:
         raise ArtifactError(f"{path}: not an ONNX model (no graph in it); fetch or export it again")
+    if loop := _cycle(model.graph):
+        raise ArtifactError(
+            f"{path}: not valid ONNX: {loop[0]} is made of {loop[-2]}, which is made of {loop[0]}; export it again"
+        )
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{path}: its external data cannot be read: {reason}") from error
     return model
+
+
+def _cycle(graph: GraphProto) -> list[str]:
+    """Values that are made of each other in a circle, the first one again at the end; empty where there is none."""
+    made_by = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    reads = {
+        index: {
+            made_by[name]
+            for name in names_used(node)
+            # Branches often name their results as the node that holds them does.
+            if name in made_by and (made_by[name] != index or name in node.input)
+        }
+        for index, node in enumerate(graph.node)
+    }
+    try:
+        TopologicalSorter(reads).prepare()
+    except CycleError as error:
+        return [graph.node[index].output[0] for index in error.args[1]]
+    return []
 
 
 def save_onnx(model: ModelProto, path: Path) -> int:
@@ -196,7 +219,10 @@ def check_onnx(model: ModelProto, what: str) -> None:
 
 
 def sort_nodes(model: ModelProto) -> None:
-    """Put the nodes into topological order, as ONNX demands; nodes that are in order keep theirs."""
+    """Put the nodes into topological order, as ONNX demands; nodes that are in order keep theirs.
+
+    There must be such an order; ``load_onnx`` refuses files without one.
+    """
     graph = model.graph
     nodes = list(graph.node)
     made_by = {name: index for index, node in enumerate(nodes) for name in node.output if name}

@@ -319,6 +319,29 @@ def test_files_that_are_no_models_are_refused(exported: onnx.ModelProto, tmp_pat
         load_onnx(tmp_path / "missing.onnx")
 
 
+def test_a_graph_that_goes_in_a_circle_is_refused(exported: onnx.ModelProto, tmp_path) -> None:
+    path = tmp_path / "model.onnx"
+    graph = onnx.ModelProto.FromString(exported.SerializeToString())
+    first, last = graph.graph.node[0], graph.graph.node[-1]
+    first.input[0] = last.output[0]
+    save_onnx(graph, path)
+    with pytest.raises(ArtifactError, match="not valid ONNX: .* is made of .*; export it again"):
+        load_onnx(path)
+
+
+def test_branches_may_name_their_results_as_the_node_that_holds_them(tmp_path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    result = helper.make_tensor_value_info("y", kind, [1])
+    branch = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "branch", [], [result])
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    inputs = [
+        helper.make_tensor_value_info("x", kind, [1]),
+        helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, []),
+    ]
+    save_onnx(helper.make_model(helper.make_graph([node], "g", inputs, [result])), tmp_path / "model.onnx")
+    assert load_onnx(tmp_path / "model.onnx").graph.node[0].op_type == "If"
+
+
 def test_external_data_outside_the_folder_is_refused(exported: onnx.ModelProto, tmp_path) -> None:
     graph = onnx.ModelProto.FromString(exported.SerializeToString())
     (tmp_path / "secret").write_bytes(b"\0" * 10_000)
