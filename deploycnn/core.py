@@ -254,10 +254,6 @@ class Pass(ABC):
     main: ClassVar[str | None] = None
     #: Bump when the same fields produce another output.
     version: ClassVar[int] = 1
-    #: Precisions that it takes (``Facts.precision``); ``None``: any. A plan is refused where it is known not to fit.
-    takes_precision: ClassVar[tuple[str, ...] | None] = None
-    #: Precision of what it makes; ``None``: as before.
-    gives_precision: ClassVar[str | None] = None
     #: Whether ``ctx.data`` must be there.
     needs_data: ClassVar[bool] = False
     #: Whether it trains, so that it runs on the GPU where there is one. Passes that consume torch always do.
@@ -285,12 +281,24 @@ class Pass(ABC):
             PassRequirementError: which, and what to write instead.
         """
 
+    def check_precision(self, precision: str) -> None:
+        """Refuse models of a precision (``Facts.precision``), while the recipe is planned as far as it is known then.
+
+        Raises:
+            PassRequirementError: which, and where to put the pass instead.
+        """
+
+    def precision_after(self, before: str | None) -> str | None:
+        """Precision of what is made of a model of precision ``before``; ``None``: not known before a file is opened."""
+        return before
+
     def requires(self, source: Artifact) -> None:
         """Check ``source`` before any work is done.
 
         Raises:
             PassRequirementError: this pass cannot be applied to it.
         """
+        self.check_precision(source.facts.precision)
 
     @abstractmethod
     def run(self, source: Artifact, ctx: Context) -> Draft:

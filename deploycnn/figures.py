@@ -222,6 +222,8 @@ class Figures:
             row = self.row(timing, entry.name, runtime)
             if timing.threads != self.primary_threads or row is None or not row.measured:
                 continue
+            if row.executed is not None:
+                result["precision"] = row.executed.precision
             summary, batch = summarize(row), str(timing.batch_size)
             result["latency_ms"][batch] = {
                 "median": summary.median_ms,

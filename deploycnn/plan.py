@@ -106,15 +106,15 @@ def check_chains(recipe: Recipe) -> None:
                     f'{where}: needs a model in {step.consumes} format, but "{previous_name}" before it gives '
                     f"{format_}; {_mend(step.consumes, format_)}"
                 )
-            if step.takes_precision is not None and precision not in (None, *step.takes_precision):
-                raise RecipeError(
-                    f'{where}: takes {" or ".join(step.takes_precision)}, but "{previous_name}" before it gives '
-                    f"{precision}; put {name} directly behind export"
-                )
+            if precision is not None:
+                try:
+                    step.check_precision(precision)
+                except PassRequirementError as error:
+                    raise RecipeError(f"variants.{variant.name}.{index}: {error}") from error
             if step.needs_data and recipe.data is None:
                 raise RecipeError(f"{where}: needs images, but the recipe has no `data`")
             previous_name, format_ = name, step.produces
-            precision = step.gives_precision or precision
+            precision = step.precision_after(precision)
         if not any(format_ in formats for formats in accepted.values()):
             raise RecipeError(
                 f"variants.{variant.name}: ends in {format_} format, which none of the runtimes "

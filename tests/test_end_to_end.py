@@ -401,11 +401,27 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_checkpoint(tmp_path:
         ("source: {zoo: lenet5}\nvariants: {a: [{train: {epochs: 1}}, export]}", "needs images"),
         (
             "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, int8, int8]}",
-            'variants.a.2.int8: takes fp32, but "int8" before it gives int8; put int8 directly behind export',
+            "variants.a.2: int8: the model is already int8; put int8 directly behind export",
         ),
         (
             "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, fp16, int8]}",
-            'variants.a.2.int8: takes fp32, but "fp16" before it gives fp16',
+            "variants.a.2: int8: the model is already fp16; put int8 directly behind export",
+        ),
+        (
+            "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, qat]}",
+            "variants.a.1: qat: the model is fp32, not quantized; put int8 before it",
+        ),
+        (
+            "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, int8, {fp16: {dtype: bf16}}]}",
+            "variants.a.2: fp16: dtype bf16 behind int8 would round the scales",
+        ),
+        (
+            "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, {int8: {weights: int4}}, fp16]}",
+            "variants.a.2: fp16: int8 left the weights packed",
+        ),
+        (
+            "source: {zoo: lenet5}\ndata: digits\nvariants: {a: [export, int8, to_torch, export]}",
+            "variants.a.2: to_torch: the model is int8; training wants fp32",
         ),
     ],
 )

@@ -26,11 +26,11 @@ _WEIGHT_INTEGERS = frozenset({TensorProto.INT8, TensorProto.INT4})
 
 
 def load_onnx(path: Path) -> ModelProto:
-    """Read a model with its external data.
+    """Read a model with its external data; nodes that are out of order are put in order, as runtimes do.
 
     Raises:
-        ArtifactError: the file is missing, truncated or not ONNX, a node of it depends on its own result, or its
-            external data is missing or lies outside the model's folder.
+        ArtifactError: the file is missing, truncated or not ONNX, says no operator set, a node of it depends on its own
+            result, or its external data is missing or lies outside the model's folder.
     """
     try:
         # From its bytes: by a path, the library would take a file for text or JSON by how its name ends.
@@ -45,10 +45,16 @@ def load_onnx(path: Path) -> ModelProto:
         ) from error
     if not model.graph.node and not model.graph.output:
         raise ArtifactError(f"{path}: not an ONNX model (no graph in it); fetch or export it again")
+    if not model.opset_import:
+        raise ArtifactError(
+            f"{path}: not valid ONNX: it says no operator set (opset_import); export it again"
+        )
     if loop := _cycle(model.graph):
         raise ArtifactError(
             f"{path}: not valid ONNX: {loop[0]} is made of {loop[-2]}, which is made of {loop[0]}; export it again"
         )
+    if not _in_order(model.graph):
+        sort_nodes(model)
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
@@ -74,6 +80,16 @@ def _cycle(graph: GraphProto) -> list[str]:
     except CycleError as error:
         return [graph.node[index].output[0] for index in error.args[1]]
     return []
+
+
+def _in_order(graph: GraphProto) -> bool:
+    """Whether each node stands behind those whose results it reads."""
+    to_come = {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        if not to_come.isdisjoint(node.input):
+            return False
+        to_come.difference_update(node.output)
+    return True
 
 
 def save_onnx(model: ModelProto, path: Path) -> int:

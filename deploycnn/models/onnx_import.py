@@ -36,10 +36,12 @@ def read_foreign(path: Path) -> tuple[ModelProto, bool]:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise SourceError(f"{path}: truncated or not an ONNX model; fetch or export it again") from error
-    if not model.opset_import or not (model.graph.node or model.graph.output):
+    if not (model.graph.node or model.graph.output):
         raise SourceError(
             f"{path}: truncated or not an ONNX model (no graph in it); fetch or export it again"
         )
+    if not model.opset_import:
+        raise SourceError(f"{path}: not valid ONNX: it says no operator set (opset_import); export it again")
     opset = graphs.opset_of(model)
     if 0 < opset < MIN_OPSET:
         raise SourceError(
@@ -57,7 +59,7 @@ def _check(model: ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = " ".join(str(error).split())[:300]
         raise SourceError(f"{path}: not a valid ONNX model, or truncated: {reason}") from error
 
 

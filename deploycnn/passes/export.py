@@ -21,7 +21,6 @@ class Export(Pass):
     consumes: ClassVar[Format | None] = "torch"
     produces: ClassVar[Format] = "onnx"
     version: ClassVar[int] = 4
-    gives_precision: ClassVar[str | None] = "fp32"
 
     opset: Annotated[
         int,
@@ -42,6 +41,10 @@ class Export(Pass):
     parity_batch_sizes: Annotated[
         tuple[int, ...], MinLen(2), "Batch sizes at which it is compared; two at least, for the dynamic axis."
     ] = (1, 5)
+
+    def precision_after(self, before: str | None) -> str | None:  # noqa: ARG002 - graphs are written in FP32
+        """FP32."""
+        return "fp32"
 
     def requires(self, source: Artifact) -> None:
         """Check what can be checked without loading the model."""

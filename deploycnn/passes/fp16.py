@@ -25,6 +25,11 @@ _FLIPS = 5.0
 #: BF16 has 8 bits of precision, FP16 11.
 _BF16_STEPS = 8.0
 
+_PACKED_WEIGHTS = (
+    "fp16: int8 left the weights packed (weights: int4, or weights_only), and FP16 would store them wide; "
+    "leave fp16 out, or quantize to 8 bits with activations"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fp16(Pass):
@@ -38,8 +43,6 @@ class Fp16(Pass):
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     version: ClassVar[int] = 5
-    takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32", "int8")
-    gives_precision: ClassVar[str | None] = "fp16"
 
     dtype: Annotated[
         Literal["fp16", "bf16"],
@@ -58,16 +61,22 @@ class Fp16(Pass):
     ] = 0.02
     parity_images: Annotated[int, Ge(1), "Images on which the graph is compared with its FP32 version."] = 16
 
-    def requires(self, source: Artifact) -> None:
+    def check_precision(self, precision: str) -> None:
         """Refuse what is neither FP32 nor INT8 among FP32."""
-        if source.facts.precision not in ("fp32", "int8"):
+        if precision in {"w8", "w4", "w4a8"}:
+            raise PassRequirementError(_PACKED_WEIGHTS)
+        if precision not in ("fp32", "int8"):
             raise PassRequirementError(
-                f"fp16: the model is already {source.facts.precision}; put fp16 directly behind export or int8"
+                f"fp16: the model is already {precision}; put fp16 directly behind export or int8"
             )
-        if self.dtype == "bf16" and source.facts.precision == "int8":
+        if self.dtype == "bf16" and precision == "int8":
             raise PassRequirementError(
                 "fp16: dtype bf16 behind int8 would round the scales of the integers to 8 bits; use dtype fp16"
             )
+
+    def precision_after(self, before: str | None) -> str | None:
+        """Both, behind int8."""
+        return None if before is None else "int8_fp16" if before == "int8" else self.dtype
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Write ``model.onnx``.
@@ -201,10 +210,7 @@ def _load(path: Path) -> tuple[ModelProto, bool]:
 
     original = load_onnx(path)
     if unpack(copy_of(original)):
-        raise PassRequirementError(
-            "fp16: int8 left the weights packed (weights: int4, or weights_only), and FP16 would store them wide; "
-            "leave fp16 out, or quantize to 8 bits with activations"
-        )
+        raise PassRequirementError(_PACKED_WEIGHTS)
     quantized = is_quantized(original)
     full = simplify(raise_opset(original, 19) if quantized else original)
     name_nodes(full)

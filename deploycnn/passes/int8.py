@@ -57,9 +57,7 @@ class Int8(Pass):
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
-    version: ClassVar[int] = 13
-    takes_precision: ClassVar[tuple[str, ...] | None] = ("fp32",)
-    gives_precision: ClassVar[str | None] = "int8"
+    version: ClassVar[int] = 14
     needs_data: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
 
@@ -170,12 +168,18 @@ class Int8(Pass):
         """Refuse number formats that the rules of a GPU have no place for."""
         self._check_formats(target if self.rules == "target" else self.rules)
 
-    def requires(self, source: Artifact) -> None:
+    def check_precision(self, precision: str) -> None:
         """Refuse what is not FP32."""
-        if source.facts.precision != "fp32":
+        if precision != "fp32":
             raise PassRequirementError(
-                f"int8: the model is already {source.facts.precision}; put int8 directly behind export"
+                f"int8: the model is already {precision}; put int8 directly behind export"
             )
+
+    def precision_after(self, before: str | None) -> str | None:  # noqa: ARG002 - it takes FP32 only
+        """Of weights and activations."""
+        from deploycnn.quantization.types import precision_name
+
+        return precision_name(4 if self.weights == "int4" else 8, weights_only=self.weights_only)
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Write ``model.onnx``.

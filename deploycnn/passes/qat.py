@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Images on which the trained graph and onnxruntime are compared.
 _PARITY_IMAGES = 512
 
+_FLOAT = frozenset({"fp32", "fp16", "bf16"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Qat(QatSettings, Pass):
@@ -30,7 +32,7 @@ class Qat(QatSettings, Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     needs_data: ClassVar[bool] = True
     trains: ClassVar[bool] = True
 
@@ -47,16 +49,19 @@ class Qat(QatSettings, Pass):
         """The teacher's variant, where one is named."""
         return (self.teacher,) if self.teacher is not None else ()
 
-    def requires(self, source: Artifact) -> None:
+    def check_precision(self, precision: str) -> None:
         """Refuse what is not quantized."""
-        if source.facts.precision in {"fp32", "fp16", "bf16"}:
-            mend = "put int8 before it"
-            if "int8" in source.facts.record:
-                mend = (
-                    f"int8 left all of it float ({source.facts.record['int8']['do_no_harm']}); leave qat out, or say "
-                    "int8: {do_no_harm: false}"
-                )
-            raise PassRequirementError(f"qat: the model is {source.facts.precision}, not quantized; {mend}")
+        if precision in _FLOAT:
+            raise PassRequirementError(f"qat: the model is {precision}, not quantized; put int8 before it")
+
+    def requires(self, source: Artifact) -> None:
+        """Refuse what ``int8`` returned in float, too."""
+        if source.facts.precision in _FLOAT and "int8" in source.facts.record:
+            raise PassRequirementError(
+                f"qat: the model is {source.facts.precision}, as int8 left all of it float "
+                f"({source.facts.record['int8']['do_no_harm']}); leave qat out, or say int8: {{do_no_harm: false}}"
+            )
+        super().requires(source)
 
     def run(self, source: Artifact, ctx: Context) -> Draft:
         """Write ``model.onnx``; the history is recorded under "training", the rest under "qat".

@@ -35,12 +35,16 @@ class ToTorch(Pass):
     ] = 1e-4
     parity_images: Annotated[int, Ge(1), "Images on which both are compared."] = 16
 
+    def check_precision(self, precision: str) -> None:
+        """Refuse what is not FP32."""
+        if precision != "fp32":
+            raise PassRequirementError(
+                f"to_torch: the model is {precision}; training wants fp32, so give the float32 model"
+            )
+
     def requires(self, source: Artifact) -> None:
         """Refuse what is not FP32 or not one batch of images."""
-        if source.facts.precision != "fp32":
-            raise PassRequirementError(
-                f"to_torch: the model is {source.facts.precision}; training wants fp32, so give the float32 model"
-            )
+        super().requires(source)
         if len(source.inputs) != 1 or len(source.inputs[0].shape) != 4:
             raise PassRequirementError(
                 f"to_torch: the model must take one batch of images (N, C, H, W), it takes {source.inputs}"

@@ -27,8 +27,7 @@ from deploycnn.quantization.quantize import Options, Quantized, Quantizer
 from deploycnn.quantization.record import Record, worst_histograms
 from deploycnn.quantization.remedies import Remedy, remedies
 from deploycnn.quantization.structure import COMPUTE
-from deploycnn.quantization.types import NumberFormat
-from deploycnn.quantization.weights import FEW_BITS
+from deploycnn.quantization.types import precision_name
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -218,13 +217,6 @@ class Job:
         exact = all(number.reduced or number.bits < EIGHT_BITS for number in formats)
         return self.pack.style == "units" and (exact or not detect_isa().saturates)
 
-    def _precision(self, number: NumberFormat) -> str:
-        """Of a layer with weights of this format, for the table."""
-        bits = FEW_BITS if number.bits <= FEW_BITS else EIGHT_BITS
-        if self.pack.style == "weights":
-            return f"w{bits}"
-        return "w4a8" if bits == FEW_BITS else "int8"
-
     def _judge(self, model: ModelProto, images: int | None) -> Judge:
         if self.judging is None:
             raise PassRequirementError(
@@ -278,7 +270,10 @@ class Job:
         layers = layer_table(
             candidate.model,
             kept_float=kept_float,
-            precisions={item.node: self._precision(item.number) for item in plan.weights},
+            precisions={
+                item.node: precision_name(item.number.bits, weights_only=self.pack.style == "weights")
+                for item in plan.weights
+            },
             ranges=ranges,
             sqnr_db=noise,
             fused=fused.layers if fused is not None else {},

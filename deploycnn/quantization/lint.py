@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx.inliner
+
 from deploycnn.core import Json
 from deploycnn.errors import PassRequirementError
-from deploycnn.graph.model import copy_of, is_quantized, load_onnx
+from deploycnn.graph.model import QUANTIZED_OPS, copy_of, is_quantized, load_onnx, subgraphs
 from deploycnn.quantization import packs
 from deploycnn.quantization.guards import requantized_layers
 from deploycnn.quantization.isa import Isa, detect_isa
@@ -24,7 +26,7 @@ from deploycnn.quantization.packed import unpack
 from deploycnn.quantization.reading import read_qdq
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto
 
     from deploycnn.quantization.packs import RulePack
 
@@ -32,7 +34,12 @@ if TYPE_CHECKING:
 _FOREIGN = frozenset({"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QGemm", "QAttention"})
 
 #: Rules that are milder on a target, whose runtime copes.
-_MILDER = {"openvino": frozenset({"QDQ002", "QDQ104", "QDQ105"})}
+_MILDER = {
+    "openvino": frozenset({"QDQ002", "QDQ104", "QDQ105"}),
+    # onnxruntime rounds float biases when it loads a file.
+    "onnxruntime-cpu": frozenset({"QDQ009"}),
+    "cpu": frozenset({"QDQ009"}),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +88,7 @@ def lint_model(
 
     Raises:
         ArtifactError: the file is missing, damaged or not ONNX.
-        PassRequirementError: it is not quantized.
+        PassRequirementError: it is not quantized, or is within a branch or loop.
         RecipeError: there is no such target or rule.
     """
     for identifier in ignore:
@@ -90,6 +97,12 @@ def lint_model(
     pack = packs.get(target, isa or detect_isa())
     here = (isa or detect_isa()) if pack.style == "units" else None
     loaded = load_onnx(path)
+    if loaded.functions:
+        loaded = onnx.inliner.inline_local_functions(loaded)
+    if any(_holds_qdq(inner) for node in loaded.graph.node for inner in subgraphs(node)):
+        raise PassRequirementError(
+            f"{path}: has Q/DQ inside a branch or loop, where lint does not look; export it without control flow"
+        )
     if not is_quantized(loaded):
         raise PassRequirementError(f"{path}: not quantized, so there is nothing to lint; quantize it first")
     findings = [finding for finding in lint_graph(loaded, pack) if finding.rule not in ignore]
@@ -99,6 +112,14 @@ def lint_model(
         isa=here.name if here is not None else "",
         findings=tuple(findings),
         note=pack.note,
+    )
+
+
+def _holds_qdq(graph: GraphProto) -> bool:
+    """Whether a branch or loop, or one inside it, is quantized."""
+    return any(
+        node.op_type in QUANTIZED_OPS or any(_holds_qdq(inner) for inner in subgraphs(node))
+        for node in graph.node
     )
 
 

@@ -157,6 +157,8 @@ class _Edges:
         if reader is None:
             yield "QDQ111", name, f'rounds the output "{value}" of the graph'
         elif reader.op_type in self._pack.clips:
+            if maker is not None and maker.op_type == reader.op_type == "Relu":
+                return  # it changes nothing, and is left out with the pair in front of it
             layer = maker is not None and not self._graph.moves(maker)
             yield "QDQ105" if layer else "QDQ111", name, f'reads "{value}" rounded'
         elif reader.op_type == "Concat" and self._pack.style == "inputs":
@@ -178,8 +180,15 @@ class _Edges:
             yield "QDQ106", name, f'reads "{value}" rounded'
         elif self._graph.moves(reader) and self._pack.style == "inputs":
             return  # it commutes with Q/DQ
+        elif self._on_integers(reader):
+            yield "QDQ111", name, f'reads "{value}" rounded; better left in float with what is around it'
         else:
             yield "QDQ111", name, f'reads "{value}" rounded, and computes in float'
+
+    def _on_integers(self, node: NodeProto) -> bool:
+        """Whether all that a node reads and makes is rounded, so that it may have an integer kernel nevertheless."""
+        read = [name for name in node.input if name and name not in self._graph.constants]
+        return self._pack.style == "units" and all(name in self._pairs for name in (*read, *node.output))
 
     def _of_scales(self, plan: Plan) -> Iterator[Found]:
         group = {item.value: item.tied for item in plan.activations if item.tied is not None}

@@ -132,8 +132,8 @@ def _bias(node: NodeProto, weight: Rounding, reading: Reading, pack: RulePack) -
         return
     if bias is None or bias.dtype != "int32":
         if pack.target not in _ANY_BIAS:
-            kind = "float" if bias is None else bias.dtype
-            yield "QDQ009", node.name, f"its bias is {kind}; {pack.target} wants int32"
+            is_what = "float, and rounded whenever the file is loaded" if bias is None else bias.dtype
+            yield "QDQ009", node.name, f"its bias is {is_what}; {pack.target} wants int32"
         return
     if bias.scale is None or data.scale is None or weight.scale is None:
         return

@@ -203,8 +203,8 @@ _ALL = (
     Rule(
         id="QDQ111",
         severity="warning",
-        title="Q/DQ that no integer kernel needs",
-        mend="take the pair out: it costs time and accuracy",
+        title="Q/DQ where the target's rules want none",
+        mend="take the pair out: rounding costs accuracy, and going between float and integers time",
     ),
     Rule(
         id="QDQ112",

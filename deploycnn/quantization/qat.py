@@ -50,21 +50,21 @@ class Tuned:
         model: The Q/DQ graph with trained weights and scales; the given one where training made it no better.
         history: Of the training.
         agreement: Of the fake-quantized module with onnxruntime, for ``model``.
-        improved: Whether the trained weights were kept.
+        kept: Whether the trained weights were kept; they are put back where the best epoch is worse than none.
         scales_learned: How many quantizers' scales were trained.
     """
 
     model: ModelProto
     history: History
     agreement: Agreement
-    improved: bool
+    kept: bool
     scales_learned: int
 
     def to_json(self) -> Json:
         """The record kept with the artifact, without the history."""
         return {
             "agreement": asdict(self.agreement),
-            "improved": self.improved,
+            "training_kept": self.kept,
             "scales_learned": self.scales_learned,
             "initial_val_top1": self.history.initial_val_top1,
             "kept_val_top1": self.history.kept_val_top1,
@@ -125,10 +125,10 @@ def fine_tune(
         any(held.requires_grad for held in quantizer.parameters())
         for quantizer in bridge.quantizers().values()
     )
-    improved = settings.keep == "last" or history.kept_val_top1 >= history.initial_val_top1
-    if not improved:
+    kept = settings.keep == "last" or history.kept_val_top1 >= history.initial_val_top1
+    if not kept:
         ctx.log.warning(
-            "qat: no epoch was better on val than before (%.4f, best %.4f): the graph stays as it was",
+            "qat: every epoch was worse on val than before (%.4f, best %.4f): the graph stays as it was",
             history.initial_val_top1,
             history.kept_val_top1,
         )
@@ -137,9 +137,7 @@ def fine_tune(
     if was_packed:
         pack(trained)
     agreement = compared(bridge, trained, "qat: the trained graph")
-    return Tuned(
-        model=trained, history=history, agreement=agreement, improved=improved, scales_learned=scales
-    )
+    return Tuned(model=trained, history=history, agreement=agreement, kept=kept, scales_learned=scales)
 
 
 def _compared(

@@ -17,6 +17,7 @@ from deploycnn.quantization.packed import Weights
 from deploycnn.quantization.packs import RulePack
 from deploycnn.quantization.quantize import Options, Quantized, ladder_table
 from deploycnn.quantization.statistics import Statistics
+from deploycnn.quantization.types import precision_name
 
 #: Layers whose distribution is drawn.
 WORST_LAYERS = 6
@@ -54,8 +55,10 @@ class Record:
 
     @property
     def precision(self) -> str:
-        """What the graph is: "int8", or "fp32" where no integer graph was faster or within the budget."""
-        return "int8" if is_quantized(self.quantized.model) else "fp32"
+        """What the graph is: see ``precision_name``; "fp32" where no integer graph was faster or within the budget."""
+        if not is_quantized(self.quantized.model):
+            return "fp32"
+        return precision_name(self.pack.weight.bits, weights_only=self.pack.style == "weights")
 
     @property
     def scheme(self) -> str:

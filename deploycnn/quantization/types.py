@@ -14,6 +14,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+#: Weights of so many bits or fewer are packed two to a byte.
+FEW_BITS = 4
+
 #: How a value's range is chosen from what calibration saw (see ``ranges.choose_range``).
 Calibrator = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
 
@@ -22,6 +25,17 @@ Dtype = Literal["uint8", "int8", "int4", "uint4"]
 #: (low, high) of a value in real units; low <= 0 <= high.
 Range = tuple[float, float]
 Ranges = Mapping[str, Range]
+
+
+def precision_name(weight_bits: int, *, weights_only: bool) -> str:
+    """Name of a graph's or layer's precision: int8 or w4a8, or w8 or w4 where activations stay float.
+
+    7-bit weights count as 8-bit ones: they are stored and computed with as such.
+    """
+    few = weight_bits <= FEW_BITS
+    if weights_only:
+        return "w4" if few else "w8"
+    return "w4a8" if few else "int8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from deploycnn.errors import PassRequirementError
-from deploycnn.quantization.types import IntegerWeight, NumberFormat, WeightPlan
+from deploycnn.quantization.types import FEW_BITS, IntegerWeight, NumberFormat, WeightPlan
 
 #: Largest magnitude of an int32 bias: as much again is left for the products that are added to it.
 MAX_BIAS = 2**30
-
-#: With as few bits as these, clipping the outermost weights pays.
-FEW_BITS = 4
 
 #: Shares of the widest scale that are tried.
 _SHARES = np.linspace(1.0, 0.3, 71)
@@ -52,7 +49,7 @@ def quantize_weight(array: npt.NDArray[np.float32], plan: WeightPlan) -> Integer
     exact = np.asarray(peak, dtype=np.float64) / number.qmax
     widest = float(exact.max(initial=0.0)) or 1.0 / number.qmax
     scale = np.asarray(np.where(exact == 0.0, widest, np.maximum(exact, _TINY)), dtype=np.float32)
-    if number.bits <= FEW_BITS:
+    if number.bits <= FEW_BITS:  # clipping the outermost weights pays
         scale = _least_error(values, scale, plan.axis, number)
     return IntegerWeight(integers=_round(values, scale, plan.axis, number), scale=scale, axis=plan.axis)
 

@@ -319,8 +319,15 @@ def test_files_that_are_no_models_are_refused(exported: onnx.ModelProto, tmp_pat
         load_onnx(tmp_path / "missing.onnx")
 
 
-def test_a_graph_that_goes_in_a_circle_is_refused(exported: onnx.ModelProto, tmp_path) -> None:
+def test_graphs_without_an_operator_set_or_in_a_circle_are_refused(
+    exported: onnx.ModelProto, tmp_path
+) -> None:
     path = tmp_path / "model.onnx"
+    graph = onnx.ModelProto.FromString(exported.SerializeToString())
+    del graph.opset_import[:]
+    save_onnx(graph, path)
+    with pytest.raises(ArtifactError, match="no operator set"):
+        load_onnx(path)
     graph = onnx.ModelProto.FromString(exported.SerializeToString())
     first, last = graph.graph.node[0], graph.graph.node[-1]
     first.input[0] = last.output[0]

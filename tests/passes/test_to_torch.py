@@ -204,5 +204,5 @@ def test_a_foreign_file_goes_the_whole_way(tmp_path: Path) -> None:
     done = deploycnn.compress(recipe, out=tmp_path / "run")
     rows = {row["name"]: row for row in json.loads((done.path / "report.json").read_text())["variants"]}
     assert rows["small"]["params"] < rows["fp32"]["params"]
-    assert rows["small"]["precision"] == "int8"
+    assert rows["small"]["precision"] == "int8+f32"
     assert 0 <= rows["small"]["top1"] <= 1

@@ -434,3 +434,113 @@ def test_the_rules_are_documented() -> None:
     text = page.read_text()
     for rule in RULES.values():
         assert f"| {rule.id} | {rule.severity} | {rule.title} |" in text
+
+
+def test_the_order_of_the_nodes_does_not_matter(tmp_path: Path) -> None:
+    made = quantized(residual(), TENSORRT)
+    straight = deploycnn.lint(_saved(made, tmp_path), "onnxruntime-cpu")
+    turned = ModelProto.FromString(made.SerializeToString())
+    del turned.graph.node[:]
+    turned.graph.node.extend(reversed(made.graph.node))
+    assert straight.findings
+    assert deploycnn.lint(_saved(turned, tmp_path), "onnxruntime-cpu") == straight
+
+
+def test_local_functions_are_looked_into(tmp_path: Path) -> None:
+    pair = [
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["o"]),
+    ]
+    function = helper.make_function(
+        "own", "Pair", ["a", "s", "z"], ["o"], pair, [helper.make_opsetid("", 17)]
+    )
+    nodes = [
+        node("Relu", "x", "r"),
+        helper.make_node("Pair", ["r", "s", "z"], ["d"], "pair", domain="own"),
+        node("Conv", "d w", "y"),
+    ]
+    made = _plain(nodes, {"w": np.ones((4, 3, 3, 3), np.float32), "s": np.float32(0.1), "z": np.uint8(0)})
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    made.functions.append(function)
+    report = deploycnn.lint(_saved(made, tmp_path), "onnxruntime-cpu")
+    assert {finding.rule for finding in report.findings} == {"QDQ102", "QDQ111"}
+
+
+def test_pairs_within_a_branch_are_not_passed_over(tmp_path: Path) -> None:
+    branch = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("q", TensorProto.UINT8, None)],
+    )
+    choice = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    made = _plain([choice], {"s": np.float32(0.1), "z": np.uint8(0), "c": np.bool_(True)})
+    with pytest.raises(PassRequirementError, match="has Q/DQ inside a branch or loop"):
+        deploycnn.lint(_saved(made, tmp_path))
+
+
+def test_float_biases_are_no_error_where_onnxruntime_rounds_them() -> None:
+    biased = model_of(
+        [node("Conv", "x w b", "c"), node("Relu", "c", "y")],
+        {"w": np.ones((16, 3, 1, 1), np.float32), "b": np.ones(16, np.float32)},
+    )
+    made = quantized(biased, replace(CPU, integer_bias=False))
+    severity = {
+        target: {
+            finding.severity for finding in lint_graph(made, packs.get(target)) if finding.rule == "QDQ009"
+        }
+        for target in ("onnxruntime-cpu", "cpu", "openvino")
+    }
+    assert severity == {"onnxruntime-cpu": {"warning"}, "cpu": {"warning"}, "openvino": set()}
+
+
+def test_a_relu_that_the_range_has_done_already_is_no_fault() -> None:
+    """``QDQKeepRemovableActivations`` leaves such ones; onnxruntime removes them, and the pair in front of them."""
+    made = quantized(residual(), CPU)
+    pair, reader = named(made, "ar_DequantizeLinear"), named(made, "b")
+    again = [
+        helper.make_node("Relu", [pair.output[0]], ["kept"], "kept"),
+        helper.make_node("QuantizeLinear", ["kept", *pair.input[1:]], ["kept_q"], "kept_q"),
+        helper.make_node("DequantizeLinear", ["kept_q", *pair.input[1:]], ["kept_dq"], "kept_dq"),
+    ]
+    made.graph.node.extend(again)
+    reader.input[0] = "kept_dq"
+    sort_nodes(made)
+    assert rules(made, CPU) == {}
+
+
+def test_operators_on_integers_against_the_rules_are_not_called_float() -> None:
+    """An addition between float operators, rounded on all sides: onnxruntime has a kernel for it."""
+    full = model_of([node("Selu", "x", "s"), node("Add", "s x", "t"), node("Selu", "t", "y")], {})
+    made = ModelProto.FromString(full.SerializeToString())
+    made.graph.initializer.extend(
+        [numpy_helper.from_array(np.float32(0.1), "scale"), numpy_helper.from_array(np.uint8(128), "zero")]
+    )
+    del made.graph.node[:]
+    for name in ("x", "s", "t"):
+        made.graph.node.append(helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}_q"]))
+        made.graph.node.append(
+            helper.make_node("DequantizeLinear", [f"{name}_q", "scale", "zero"], [f"{name}_dq"])
+        )
+    for operator in full.graph.node:
+        read = [f"{name}_dq" if name != "x" or operator.name == "t" else name for name in operator.input]
+        made.graph.node.append(helper.make_node(operator.op_type, read, list(operator.output), operator.name))
+    sort_nodes(made)
+    said = {finding.node: finding.what for finding in lint_graph(made, CPU) if finding.rule == "QDQ111"}
+    assert "computes in float" in said["y"]
+    assert "computes in float" not in said["t"]
+
+
+def _plain(nodes: list[NodeProto], constants: dict[str, np.ndarray]) -> ModelProto:
+    """A graph that is not checked: from images ``x`` to ``y``."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    held = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    return helper.make_model(
+        helper.make_graph(nodes, "plain", ends[:1], ends[1:], held),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+
+
+def _saved(model: ModelProto, folder: Path) -> Path:
+    save_onnx(model, folder / "model.onnx")
+    return folder / "model.onnx"

@@ -111,7 +111,7 @@ def test_training_brings_the_quantized_graph_nearer_to_its_teacher(
     full: ModelProto, tuned: qat.Tuned
 ) -> None:
     assert error(full, tuned.model) < 0.6 * error(full, quantize(full, INT4))
-    assert tuned.improved
+    assert tuned.kept
     assert tuned.scales_learned > 6
 
 
@@ -438,7 +438,7 @@ def test_a_training_that_helps_nothing_is_undone(
     monkeypatch.setattr(qat, "fit", worse)
     quantized = quantize(full, INT4)
     found = tune(quantized, full, make_context(tmp_path, DATA), replace(QUICK, keep="best"))
-    assert not found.improved
+    assert not found.kept
     assert found.model.SerializeToString(deterministic=True) == quantized.SerializeToString(
         deterministic=True
     )
