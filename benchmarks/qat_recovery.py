@@ -96,7 +96,7 @@ def main() -> None:
         "train_images": len(training.dataset.train),
         "val_images": len(training.dataset.val), "test_images": len(right["fp32"]),
         **{f"top1_{name}": float(found.mean()) for name, found in right.items()},
-        **recovered(right), "improved_on_val": tuned.improved, "agreement": asdict(tuned.agreement),
+        **recovered(right), "training_kept": tuned.kept, "agreement": asdict(tuned.agreement),
         "seconds": round(seconds),
     }))  # fmt: skip
 
