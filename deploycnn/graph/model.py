@@ -84,7 +84,7 @@ def _cycle(graph: GraphProto) -> list[str]:
 
 def _in_order(graph: GraphProto) -> bool:
     """Whether each node stands behind those whose results it reads."""
-    to_come = {name for node in graph.node for name in node.output}
+    to_come = {name for node in graph.node for name in node.output if name}
     for node in graph.node:
         if not to_come.isdisjoint(node.input):
             return False
