@@ -47,10 +47,10 @@ class Tuned:
     """The result.
 
     Attributes:
-        model: The Q/DQ graph with trained weights and scales; the given one where training made it no better.
+        model: The Q/DQ graph with trained weights and scales; the given one where every epoch made it worse.
         history: Of the training.
         agreement: Of the fake-quantized module with onnxruntime, for ``model``.
-        kept: Whether the trained weights were kept; they are put back where the best epoch is worse than none.
+        kept: Whether ``model`` has the trained weights.
         scales_learned: How many quantizers' scales were trained.
     """
 

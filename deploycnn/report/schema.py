@@ -146,8 +146,8 @@ class Variant(TypedDict):
 
     ``agreement`` is the share of test images whose predicted class is the baseline's, right or wrong. ``passes`` are
     the steps in words ("prune", "int8"); ``precision`` is what ran, or where nothing did, what the file holds;
-    ``latency_ms`` and ``speedup`` are by batch size. Figures are null where
-    ``status`` is not "measured" or where there were no data; ``why`` then says why.
+    ``latency_ms`` and ``speedup`` are by batch size. Figures are null where ``status`` is not "measured" or where there
+    were no data; ``why`` then says why.
     """
 
     name: _Name
