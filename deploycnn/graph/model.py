@@ -256,6 +256,8 @@ def sort_nodes(model: ModelProto) -> None:
             if index not in placed:
                 placed.add(index)
                 ordered.append(index)
+    if ordered == list(range(len(nodes))):
+        return
     copies = [NodeProto.FromString(nodes[index].SerializeToString()) for index in ordered]
     del graph.node[:]
     graph.node.extend(copies)

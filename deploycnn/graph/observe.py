@@ -113,6 +113,8 @@ def observe(
                 # Taken from the iterator so that an exception of `show` arrives here.
                 for _ in pool.map(show, wanted, contents):
                     pass
+                # The next run makes its own: two runs' values would be twice the memory.
+                del results, contents
             done += count
             progress(done)
     return done

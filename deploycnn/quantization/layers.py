@@ -154,7 +154,7 @@ def value_sqnr(
         images: A few batches; both graphs see them.
         threads: CPU threads.
     """
-    held = {name: other for name in values if (other := _rounded(quantized, name)) is not None}
+    held = _rounded(quantized, values)
     if not held:
         return {}
     names, others = list(held), [held[name] for name in held]
@@ -170,16 +170,24 @@ def value_sqnr(
     return {name: decibels(float(row[0]), float(row[1])) for name, row in zip(names, powers, strict=True)}
 
 
-def _rounded(quantized: ModelProto, value: str) -> str | None:
-    """Where the quantized graph holds ``value``: behind the DequantizeLinear of its own Q/DQ, or as it is."""
-    made_by = producers(quantized.graph)
-    inputs = {item.name for item in quantized.graph.input}
-    if value not in made_by and value not in inputs:
-        return None
+def _rounded(quantized: ModelProto, values: Collection[str]) -> dict[str, str]:
+    """Where the quantized graph holds each of ``values``: behind the DequantizeLinear of its own Q/DQ, or as it is.
+
+    Values that it no longer has are left out.
+    """
+    present = {item.name for item in quantized.graph.input} | producers(quantized.graph).keys()
     read_by = consumers(quantized.graph)
-    for reader in read_by.get(value, []):
-        if reader.op_type == "QuantizeLinear":
-            for second in read_by.get(reader.output[0], []):
-                if second.op_type == "DequantizeLinear":
-                    return str(second.output[0])
-    return value
+    return {
+        value: next(
+            (
+                str(second.output[0])
+                for reader in read_by.get(value, [])
+                if reader.op_type == "QuantizeLinear"
+                for second in read_by.get(reader.output[0], [])
+                if second.op_type == "DequantizeLinear"
+            ),
+            value,
+        )
+        for value in values
+        if value in present
+    }

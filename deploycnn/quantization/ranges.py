@@ -205,8 +205,11 @@ def squared_error(centres: Counts, counts: Counts, bounds: Range, number: Number
     """Sum over ``counts`` of the squared difference between ``centres`` and their quantized values."""
     scale, zero_point = number.scale_and_zero_point(bounds)
     step = float(scale)
-    levels = np.rint(centres / step)
-    np.clip(levels, number.qmin - zero_point, number.qmax - zero_point, out=levels)
+    levels = centres / step
+    np.rint(levels, out=levels)
+    # Half the time of np.clip on arrays of this size.
+    np.maximum(levels, number.qmin - zero_point, out=levels)
+    np.minimum(levels, number.qmax - zero_point, out=levels)
     levels *= step
     levels -= centres
     np.square(levels, out=levels)

@@ -103,7 +103,7 @@ class Statistics:
         if peak > 0:
             self._widen(peak)
         flat = _by_image(content)
-        self._count(flat[:, :: sampling_step(flat.shape[1])])
+        self._count(np.ascontiguousarray(flat[:, :: sampling_step(flat.shape[1])]))
 
     def _average(self, lows: Floats, highs: Floats) -> None:
         for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
@@ -136,7 +136,9 @@ class Statistics:
         kind = np.float32 if -100 < (self.exponent or 0) < 100 else np.float64
         places = values * kind(1.0 / self.bin_width)
         np.floor(places, out=places)
-        counted = np.bincount((places.astype(np.intp) + BINS).reshape(-1), minlength=2 * BINS)
+        bins = places.reshape(-1).astype(np.intp)
+        bins += BINS
+        counted = np.bincount(bins, minlength=2 * BINS)
         zeros = values.size - int(np.count_nonzero(values))
         counted[BINS] -= zeros
         self.zeros += zeros

@@ -27,6 +27,10 @@ Range = tuple[float, float]
 Ranges = Mapping[str, Range]
 
 
+#: The smallest normal float32.
+_TINY = np.finfo(np.float32).tiny
+
+
 def precision_name(weight_bits: int, *, weights_only: bool) -> str:
     """Name of a graph's or layer's precision: int8 or w4a8, or w8 or w4 where activations stay float.
 
@@ -72,21 +76,18 @@ class NumberFormat:
     def scale_and_zero_point(self, bounds: Range) -> tuple[np.float32, int]:
         """Scale and zero point of a range; the range is widened to hold zero, which is exact."""
         low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
+        qmin, qmax = self.qmin, self.qmax
         if self.symmetric:
-            peak = max(-low, high)
-            middle = (self.qmax + self.qmin + 1) // 2 if self.dtype.startswith("u") else 0
-            scale = np.float32(peak / (self.qmax - middle)) if peak > 0 else np.float32(1.0)
-            return _positive(scale), middle
-        scale = _positive(
-            np.float32((high - low) / (self.qmax - self.qmin)) if high > low else np.float32(1.0)
-        )
-        zero_point = int(np.clip(np.rint(self.qmin - low / float(scale)), self.qmin, self.qmax))
-        return scale, zero_point
+            middle = (qmax + qmin + 1) // 2 if self.dtype.startswith("u") else 0
+            return _scale(max(-low, high), qmax - middle), middle
+        scale = _scale(high - low, qmax - qmin)
+        # Python's round is half to even too, and a search for a range calls this thousands of times.
+        return scale, min(max(round(qmin - low / float(scale)), qmin), qmax)
 
 
-def _positive(scale: np.float32) -> np.float32:
-    """A scale that float32 divides by without overflow."""
-    return np.float32(max(scale, np.finfo(np.float32).tiny))
+def _scale(width: float, steps: int) -> np.float32:
+    """Of a step; 1 for a range without width. Float32 must divide by it without overflow."""
+    return max(np.float32(width / steps), _TINY) if width > 0 else np.float32(1.0)
 
 
 def is_balanced(bounds: Range) -> bool:
