@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +13,14 @@ from onnx import ModelProto, TensorProto, helper
 
 from deploycnn.errors import ArtifactError, PassRequirementError
 from deploycnn.graph.model import initializers, runtime_inputs, shape_of, value_types
-from deploycnn.graph.parity import evaluator
+from deploycnn.graph.parity import Evaluate, evaluator
 
 #: Memory for the observed values of one run. Images are run in as large batches as fit into it.
 ACTIVATION_BUDGET_BYTES = 2**28
 
 _MAX_BATCH = 32
+
+Images = npt.NDArray[np.float32]
 
 #: Value name and its content for one batch.
 Visit = Callable[[str, npt.NDArray[np.float32]], None]
@@ -77,7 +79,7 @@ def observe(
         model: With inferred shapes.
         values: Names of float32 values.
         images: Batches (N, C, H, W) of any size; regrouped here.
-        visit: Called once per value and run; with several threads, for several values at the same time.
+        visit: Called once per value and run; with four threads or more, for several values at the same time.
         threads: CPU threads.
         progress: Called with the number of images done.
         check_values: Refuse NaN and infinity; ``False`` where ``visit`` does (``refuse_not_finite``).
@@ -96,28 +98,68 @@ def observe(
             _check_finite(model, value, content)
         visit(value, content)
 
-    done = 0
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    def checked() -> Iterator[tuple[Images, int]]:
+        first = 0
         for batch, count in _regroup(images, batch_size, pad=fixed):
-            _check_images(batch, shape, name, first=done)
+            _check_images(batch, shape, name, first=first)
+            first += count
+            yield batch, count
+
+    done = 0
+    # The graph computes meanwhile, so half the threads look on.
+    lookers = max(1, threads // 2)
+    with ThreadPoolExecutor(lookers) as pool:
+        each = pool.map if lookers > 1 else map
+        for batch, count, results in _one_ahead(run if wanted else _nothing, checked(), threads=threads):
             if name in values:
                 visit(name, batch[:count])
-            if wanted:
-                try:
-                    results = run(batch)
-                except ArtifactError as error:
-                    raise PassRequirementError(
-                        f"images of shape {batch.shape}: {error}; give data with the preprocessing of the model"
-                    ) from error
-                contents = (_without_padding(content, len(batch), count) for content in results)
-                # Taken from the iterator so that an exception of `show` arrives here.
-                for _ in pool.map(show, wanted, contents):
-                    pass
-                # The next run makes its own: two runs' values would be twice the memory.
-                del results, contents
+            contents = (_without_padding(content, len(batch), count) for content in results)
+            # Taken from the iterator so that an exception of `show` arrives here.
+            for _ in each(show, wanted, contents):
+                pass
+            # Let go before the next run begins.
+            del results, contents
             done += count
             progress(done)
     return done
+
+
+def _nothing(_images: Images) -> list[npt.NDArray[Any]]:
+    return []
+
+
+def _one_ahead(
+    run: Evaluate, batches: Iterable[tuple[Images, int]], *, threads: int
+) -> Iterator[tuple[Images, int, list[npt.NDArray[Any]]]]:
+    """Each batch, how many of its images count, and what ``run`` makes of it.
+
+    With several threads the next batch runs meanwhile: looking at values holds Python's lock much of the time, and
+    running the graph does not. The values of two runs are held at most.
+
+    Raises:
+        PassRequirementError: the graph does not take such images.
+    """
+
+    def outcome(batch: Images) -> list[npt.NDArray[Any]]:
+        try:
+            return run(batch)
+        except ArtifactError as error:
+            raise PassRequirementError(
+                f"images of shape {batch.shape}: {error}; give data with the preprocessing of the model"
+            ) from error
+
+    if threads == 1:
+        for batch, count in batches:
+            yield batch, count, outcome(batch)
+        return
+    running: tuple[Images, int, Future[list[npt.NDArray[Any]]]] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for batch, count in batches:
+            finished, running = running, (batch, count, pool.submit(outcome, batch))
+            if finished is not None:
+                yield *finished[:2], finished[2].result()
+        if running is not None:
+            yield *running[:2], running[2].result()
 
 
 def exposing(
