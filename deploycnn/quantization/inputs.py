@@ -48,9 +48,9 @@ class Inputs:
                         if (source := self._integer_before(name)) is not None:
                             self._ties.tie(joined, source)
         values = [value for value, _ in graph.values() if value in self._readers]
+        groups = self._ties.groups(values)
         return integer, tuple(
-            plan_activation(value, self._readers[value], graph, self._ties.group(value, values))
-            for value in values
+            plan_activation(value, self._readers[value], graph, groups[value]) for value in values
         )
 
     def _read(self, value: str, node: NodeProto) -> None:

@@ -165,8 +165,9 @@ def value_sqnr(
         # One by one: all values of both graphs are held at once.
         for image in np.split(batch, len(batch)):
             for row, (right, found) in enumerate(zip(reference(image), candidate(image), strict=True)):
-                powers[row, 0] += np.square(right, dtype=np.float64).sum()
-                powers[row, 1] += np.square(right.astype(np.float64) - found).sum()
+                signal = right.ravel().astype(np.float64)
+                noise = signal - found.ravel()
+                powers[row] += signal @ signal, noise @ noise
     return {name: decibels(float(row[0]), float(row[1])) for name, row in zip(names, powers, strict=True)}
 
 

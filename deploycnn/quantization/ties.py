@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
@@ -66,10 +67,11 @@ class Ties:
         for group in party:
             self.tie(joined, group)
 
-    def group(self, value: str, members: Collection[str]) -> str | None:
-        """The group of a value; ``None`` where it is the only one of ``members`` in it."""
-        root = self.find(value)
-        return root if sum(self.find(member) == root for member in members) > 1 else None
+    def groups(self, members: Collection[str]) -> dict[str, str | None]:
+        """The group of each of ``members``; ``None`` where no other of them is in it."""
+        found = {member: self.find(member) for member in members}
+        sizes = Counter(found.values())
+        return {member: group if sizes[group] > 1 else None for member, group in found.items()}
 
 
 def _hull(first: Range, second: Range) -> Range:

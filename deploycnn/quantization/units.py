@@ -32,10 +32,9 @@ class Units:
         integer = self._needed(self._reachable())
         values = self._values(integer)
         values |= self._constants(integer)
-        ties = self._ties(integer, values)
+        groups = self._ties(integer, values).groups(values)
         return integer, tuple(
-            plan_activation(value, readers, self._graph, ties.group(value, values))
-            for value, readers in values.items()
+            plan_activation(value, readers, self._graph, groups[value]) for value, readers in values.items()
         )
 
     def _ties(self, integer: set[str], values: Collection[str]) -> Ties:
