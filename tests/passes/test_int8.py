@@ -244,7 +244,7 @@ def test_auto_trains_before_more_than_a_few_layers_stay_float(
     from deploycnn.quantization import quantize
 
     monkeypatch.setattr(quantize, "FEW", -1.0)
-    monkeypatch.setattr("deploycnn.passes.int8._AUTO_BUDGET", -0.5)
+    monkeypatch.setattr("deploycnn.quantization.int8_settings._AUTO_BUDGET", -0.5)
     monkeypatch.setattr(rounding, "Settings", partial(rounding.Settings, iterations=60, samples=256))
     ctx = context(tmp_path, pictures())
     facts = Int8(mode="auto", calibration_images=20, qat_epochs=1).run(exported, ctx).facts
@@ -257,22 +257,22 @@ def test_auto_trains_before_more_than_a_few_layers_stay_float(
     assert trained[5] > 0
     assert facts.record["int8"]["budget_met"] is False
     assert facts.record["int8"]["max_top1_drop"] == -0.5
-    rungs = Int8(mode="auto", adaround=False, qat_epochs=0)._options().ladder
+    rungs = Int8(mode="auto", adaround=False, qat_epochs=0).options().ladder
     assert rungs == ("mse", "equalize", "correct_bias", "float layers")
-    rungs = Int8(mode="auto", adaround=False, equalize=False, correct_bias=False)._options().ladder
+    rungs = Int8(mode="auto", adaround=False, equalize=False, correct_bias=False).options().ladder
     assert rungs == ("mse", "few float layers", "qat", "float layers")
 
 
 def test_ranges_suit_equalized_weights_and_biases_the_rounding() -> None:
-    asked = Int8(adaround=True, correct_bias=True, equalize=True, absorb_bias=True)._options()
+    asked = Int8(adaround=True, correct_bias=True, equalize=True, absorb_bias=True).options()
     assert asked.remedies == ("equalize", "absorb_bias", "percentile", "mse", "adaround", "correct_bias")
     assert set(asked.if_better) == {"percentile", "mse"}
-    default = Int8()._options()
+    default = Int8().options()
     assert default.remedies == ("percentile", "mse", "equalize", "correct_bias")
     assert set(default.if_better) == set(default.remedies)
-    fixed = Int8(calibrator="entropy", equalize=False, correct_bias=False)._options()
+    fixed = Int8(calibrator="entropy", equalize=False, correct_bias=False).options()
     assert (fixed.calibrator, fixed.remedies, fixed.if_better) == ("entropy", (), {})
-    assert Int8(weights_only=True)._options().remedies == ("equalize", "correct_bias")
+    assert Int8(weights_only=True).options().remedies == ("equalize", "correct_bias")
 
 
 def test_by_default_the_quietest_ranges_are_kept(exported: Artifact, tmp_path) -> None:
