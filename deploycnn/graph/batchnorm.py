@@ -18,6 +18,7 @@ from deploycnn.graph.model import (
     consumers,
     infer_shapes,
     initializers,
+    lasting_names,
     producers,
     shape_of,
     value_types,
@@ -58,7 +59,7 @@ def fold_batchnorm(model: ModelProto) -> int:
     made_by = producers(graph)
     read_by = consumers(graph)
     weights = initializers(graph)
-    outputs = {value.name for value in graph.output}
+    outputs = lasting_names(graph)
     taken = set(weights) | set(made_by) | {value.name for value in graph.input}
     removed: list[NodeProto] = []
     for node in graph.node:

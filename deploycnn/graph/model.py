@@ -164,9 +164,27 @@ def names_used(node: NodeProto) -> Iterator[str]:
     """Every value that a node reads, including those its subgraphs capture."""
     yield from (name for name in node.input if name)
     for graph in subgraphs(node):
-        for inner in graph.node:
-            yield from names_used(inner)
-        yield from (output.name for output in graph.output)
+        yield from _captured(graph)
+
+
+def _captured(graph: GraphProto) -> Iterator[str]:
+    """What a branch or loop body reads from outside."""
+    # Names may occur outside again, later: that is not what is meant here.
+    own = {value.name for value in graph.input} | initializers(graph).keys()
+    for node in graph.node:
+        yield from (name for name in names_used(node) if name not in own)
+        own.update(node.output)
+    yield from (output.name for output in graph.output if output.name not in own)
+
+
+def lasting_names(graph: GraphProto) -> set[str]:
+    """Values that others know by name: outputs of the graph, and what branches and loop bodies read from outside.
+
+    Whoever rewrites the nodes that make or read such a value must keep it, as it is, under its name.
+    """
+    return {value.name for value in graph.output} | {
+        name for node in graph.node for inner in subgraphs(node) for name in _captured(inner)
+    }
 
 
 def consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:

@@ -138,6 +138,7 @@ class _Analysis:
             and attribute(node, "alpha", 1.0) == 1.0
             and attribute(node, "beta", 1.0) == 1.0
         )
+        plain = plain and (node.op_type != "Gemm" or self._graph.adds_row(node))
         return plain and shape is not None and len(shape) == 2 and len(constants[node.input[1]].dims) == 2
 
     def _bounded(self, node: NodeProto) -> bool:

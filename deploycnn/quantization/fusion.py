@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deploycnn.errors import ArtifactError, one_line
 from deploycnn.graph.model import load_onnx
+from deploycnn.graph.onnxruntime_errors import onnxruntime_errors
 from deploycnn.optional import require
 from deploycnn.quantization.structure import COMPUTE
 
@@ -67,6 +69,7 @@ def census(path: Path, target: str) -> FusedCounts | None:
 
     Raises:
         RuntimeUnavailable: the target's runtime is not installed.
+        ArtifactError: it cannot load the model.
     """
     if target == "openvino":
         return count_fused_openvino(path)
@@ -78,6 +81,7 @@ def count_fused(path: Path) -> FusedCounts:
 
     Raises:
         RuntimeUnavailable: onnxruntime is not installed.
+        ArtifactError: it cannot load the model.
     """
     runtime = require("onnxruntime")
     with tempfile.TemporaryDirectory(prefix="deploycnn-") as folder:
@@ -87,7 +91,8 @@ def count_fused(path: Path) -> FusedCounts:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         options.optimized_model_filepath = str(optimized)
-        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with onnxruntime_errors(path, runtime.__version__):
+            runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         nodes = load_onnx(optimized).graph.node
     operators = collections.Counter(node.op_type for node in nodes)
     found = {node.name: node.op_type for node in nodes}
@@ -109,12 +114,16 @@ def count_fused_openvino(path: Path) -> FusedCounts:
 
     Raises:
         RuntimeUnavailable: OpenVINO is not installed.
+        ArtifactError: it cannot read or compile the model.
     """
     openvino = require("openvino")
     core = openvino.Core()
-    compiled = core.compile_model(
-        core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    )
+    try:
+        compiled = core.compile_model(
+            core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        )
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: openvino cannot compile it: {one_line(error)}") from error
     aliases = _openvino_names(path)
     types: collections.Counter[str] = collections.Counter()
     quantized = stray = floats = 0

@@ -9,7 +9,7 @@ computed within the convolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
@@ -26,8 +26,21 @@ _CLIPS = frozenset({"Relu", "Clip"})
 
 def guard_float_layers(model: ModelProto) -> int:
     """Put a ``LeakyRelu`` behind every layer that onnxruntime would make integers of, in place; return how many."""
+    return _guard(model, requantized_layers(model))
+
+
+def guard_operators(model: ModelProto) -> int:
+    """The same behind operators that onnxruntime would fuse into integer kernels that lack their attributes."""
+    graph = Structure(model)
+    lacking = [node for node in graph.nodes if not graph.has_kernel(node)]
+    return _guard(
+        model, [node for node in lacking if _from_integers(graph, node) and _to_integers(graph, node)]
+    )
+
+
+def _guard(model: ModelProto, nodes: Iterable[NodeProto]) -> int:
     taken, changed = names_taken(model.graph), 0
-    for node in requantized_layers(model):
+    for node in nodes:
         made = node.output[0]
         (reader, *others) = [other for other in model.graph.node if made in other.input]
         if reader.op_type == "Relu" and not others:

@@ -65,7 +65,7 @@ class Inputs:
         """
         graph = self._graph
         if node.op_type in POOLS:
-            return self._only_integer(node.output[0])
+            return graph.has_kernel(node) and self._only_integer(node.output[0])
         if not graph.moves(node) or node.input[0] not in self._readers:
             return False
         rounded = [name for name in node.output if name in self._readers]

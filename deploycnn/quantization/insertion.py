@@ -21,7 +21,7 @@ from deploycnn.graph.names import unique
 from deploycnn.graph.opset import raise_opset
 from deploycnn.quantization.first_layers import release_float_layers
 from deploycnn.quantization.grids import Grid, activation_parameters, fold_clips
-from deploycnn.quantization.guards import guard_float_layers
+from deploycnn.quantization.guards import guard_float_layers, guard_operators
 from deploycnn.quantization.placement import output_axis
 from deploycnn.quantization.selections import Selection, find_selections
 from deploycnn.quantization.structure import Structure
@@ -73,6 +73,7 @@ def build(
     release_float_layers(draft)
     if plan.guards_float:
         guard_float_layers(draft)
+    guard_operators(draft)
     return infer_shapes(draft)
 
 
@@ -135,8 +136,8 @@ class _Builder:
         """Q/DQ behind a value; return the name of what readers should take."""
         value = item.value
         source, rounded = value, self._name(f"{value}_DequantizeLinear_Output")
-        if value in self._graph.outputs and item.readers is None:
-            # The output keeps its name; the node that made it gets another.
+        if value in self._graph.outputs and value in self._graph.made_by and item.readers is None:
+            # It keeps its name; what the node makes gets another.
             source, rounded = self._name(f"{value}_QuantizeLinear_Input"), value
             maker = self._graph.made_by[value]
             maker.output[list(maker.output).index(value)] = source
@@ -262,8 +263,6 @@ class _Builder:
             return []
         bias = numpy_helper.to_array(self._graph.constants[node.input[2]]).astype(np.float64)
         channels = weight.integers.shape[output_axis(node)]
-        if bias.size not in {1, channels} or (bias.size > 1 and bias.shape[-1] != channels):
-            return []  # a Gemm that adds a whole matrix: its integer kernel takes one value a column
         bias = np.broadcast_to(bias.reshape(-1), (channels,))
         return [(bias * cast("float", attribute(node, "beta", 1.0)), scale)]
 

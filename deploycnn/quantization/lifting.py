@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploycnn.graph.model import attribute, consumers, initializers, producers, sort_nodes
+from deploycnn.graph.model import attribute, consumers, initializers, lasting_names, producers, sort_nodes
 from deploycnn.graph.names import names_taken, unique
 
 
@@ -64,7 +64,7 @@ def lift_clips(model: ModelProto) -> dict[str, str]:
     """
     graph = model.graph
     constants, made_by, read_by = initializers(graph), producers(graph), consumers(graph)
-    outputs = {value.name for value in graph.output}
+    outputs = lasting_names(graph)
     taken = names_taken(graph)
     lifted = dict[str, str]()
     for quantizer in [held for held in graph.node if held.op_type == "QuantizeLinear"]:

@@ -106,7 +106,8 @@ def _weight(node: NodeProto, weight: Rounding, pack: RulePack) -> Iterator[Found
     elif (
         pack.per_channel
         and not weight.per_channel
-        and (weight.integers is None or weight.integers.shape[axis] > 1)
+        # A vector, or a matrix on the left, has no axis of output channels.
+        and (weight.integers is None or (rank > axis and weight.integers.shape[axis] > 1))
     ):
         yield "QDQ006", node.name, "one scale for all output channels"
     elif weight.per_channel and rank and weight.axis % rank != axis:

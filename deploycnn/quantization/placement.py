@@ -122,6 +122,8 @@ def why_float(node: NodeProto, graph: Structure, pack: RulePack) -> str:
         return "its weights are no matrix on the right"
     if node.op_type == "Gemm" and (attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0):
         return "transposed or scaled Gemm"
+    if node.op_type == "Gemm" and not graph.adds_row(node):
+        return "Gemm that adds a whole matrix"
     if pack.style == "weights":
         return "no integer kernel" if node.op_type in FLOAT_ONLY_COMPUTE else ""
     if node.op_type in pack.float_operators:

@@ -26,6 +26,9 @@ Activation = Literal["none", "clip", "silu", "hardswish"]
 
 _COMPUTE = frozenset({"Conv", "Gemm", "MatMul"})
 
+#: Axes of the weights of a convolution of images.
+_CONV_RANK = 4
+
 #: Attributes of HardSigmoid and their defaults.
 _HARD_SIGMOID = (("alpha", 0.2), ("beta", 0.5))
 
@@ -89,6 +92,8 @@ class Layer:
 def find_layers(full: ModelProto, quantized: ModelProto) -> list[Layer]:
     """Layers of ``quantized`` with integer weights that ``full`` has in float, in graph order.
 
+    Convolutions of other than images are left out, and weights that one layer takes otherwise than another.
+
     Args:
         full: The float graph that was quantized.
         quantized: With Q/DQ; its convolutions and matrix products have the names that they have in ``full``.
@@ -107,6 +112,8 @@ def find_layers(full: ModelProto, quantized: ModelProto) -> list[Layer]:
         if stored is None:
             continue
         weight = numpy_helper.to_array(weights[node.input[1]]).astype(np.float32)
+        if node.op_type == "Conv" and weight.ndim != _CONV_RANK:
+            continue
         addend, behind = _addend(node, read_by, latest, index)
         activation, bounds = _activation(behind, read_by, weights)
         layers.append(
@@ -125,7 +132,10 @@ def find_layers(full: ModelProto, quantized: ModelProto) -> list[Layer]:
                 bounds=bounds,
             )
         )
-    return layers
+    axes: dict[str, set[int | None]] = {}
+    for layer in layers:
+        axes.setdefault(layer.initializer, set()).add(layer.stored.axis)
+    return [layer for layer in layers if len(axes[layer.initializer]) == 1]
 
 
 class _Constants:

@@ -31,6 +31,7 @@ from deploycnn.graph.model import (
     consumers,
     infer_shapes,
     initializers,
+    lasting_names,
     names_used,
     producers,
     shape_of,
@@ -120,7 +121,7 @@ def tile_gates(model: ModelProto) -> int:
 def _self_gated(graph: GraphProto, gate: NodeProto) -> NodeProto | None:
     """The ``Mul`` of ``x * HardSigmoid(x)``, if that is all that reads the gate."""
     readers = consumers(graph).get(gate.output[0], [])
-    if len(readers) == 1 and readers[0].op_type == "Mul" and gate.output[0] not in _outputs(graph):
+    if len(readers) == 1 and readers[0].op_type == "Mul" and gate.output[0] not in lasting_names(graph):
         return readers[0] if set(readers[0].input) == {gate.input[0], gate.output[0]} else None
     return None
 
@@ -171,7 +172,7 @@ def _scalable(graph: GraphProto, value: str, readers: set[str]) -> NodeProto | N
     """What makes ``value``, if it is linear with constant weights and only ``readers`` see it."""
     source = producers(graph).get(value)
     weights = initializers(graph)
-    if source is None or source.op_type not in {"Conv", "Gemm"} or value in _outputs(graph):
+    if source is None or source.op_type not in {"Conv", "Gemm"} or value in lasting_names(graph):
         return None
     if {reader.name for reader in consumers(graph).get(value, [])} != readers:
         return None
@@ -233,10 +234,6 @@ def _constants(graph: GraphProto, stem: str, values: Mapping[str, float], taken:
 
 def _float64(tensor: TensorProto) -> npt.NDArray[np.float64]:
     return numpy_helper.to_array(tensor).astype(np.float64)
-
-
-def _outputs(graph: GraphProto) -> set[str]:
-    return {value.name for value in graph.output}
 
 
 #: Input channels in a group from which on integer kernels run near their speed, and beyond which added zeros cost more

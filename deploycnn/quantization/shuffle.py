@@ -21,6 +21,7 @@ from deploycnn.graph.model import (
     consumers,
     infer_shapes,
     initializers,
+    lasting_names,
     names_used,
     producers,
     shape_of,
@@ -43,7 +44,7 @@ class _Graph:
         self.weights = initializers(model.graph)
         self.made_by = producers(model.graph)
         self.read_by = consumers(model.graph)
-        self.outputs = {value.name for value in model.graph.output}
+        self.outputs = lasting_names(model.graph)
         types = value_types(model)
         self.shapes = {name: shape_of(value) for name, value in types.items()}
         #: Moved value -> its channels.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from deploycnn.graph.model import attribute, consumers, initializers, producers, runtime_inputs
+from deploycnn.graph.model import attribute, consumers, initializers, lasting_names, producers, runtime_inputs
 from deploycnn.quantization.packs import MOVERS
 from deploycnn.quantization.types import Range
 
@@ -46,7 +47,7 @@ class Structure:
         made_by: Value -> the node that makes it.
         read_by: Value -> nodes that read it.
         inputs: Names of the graph's inputs.
-        outputs: Names of the graph's outputs.
+        outputs: Values that must keep their names: the graph's outputs, and what branches read.
     """
 
     def __init__(self, model: ModelProto) -> None:
@@ -56,7 +57,7 @@ class Structure:
         self.made_by = producers(graph)
         self.read_by = consumers(graph)
         self.inputs = [value.name for value in runtime_inputs(model)]
-        self.outputs = {value.name for value in graph.output}
+        self.outputs = lasting_names(graph)
 
     def values(self) -> Iterator[tuple[str, NodeProto | None]]:
         """Every activation with the node that makes it, in graph order; the graph's inputs first."""
@@ -68,11 +69,12 @@ class Structure:
         return list(node.input) if node.op_type in MANY_INPUTS else list(node.input[:1])
 
     def scalar(self, node: NodeProto, position: int, absent: float) -> float | None:
-        """A scalar input: ``absent`` where it is left out, ``None`` where it is computed."""
+        """A scalar input: ``absent`` where it is left out, ``None`` where it is computed or no single number."""
         if position >= len(node.input) or not node.input[position]:
             return absent
         name = node.input[position]
-        return float(numpy_helper.to_array(self.constants[name]).item()) if name in self.constants else None
+        held = numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+        return float(held.item()) if held is not None and held.size == 1 else None
 
     def clip_bounds(self, node: NodeProto) -> tuple[float, float] | None:
         """What a ``Relu`` or ``Clip`` cuts its input to; ``None`` for others, or computed bounds."""
@@ -106,8 +108,27 @@ class Structure:
         if node.op_type == "MaxPool":
             return len(node.output) == 1 and set(cast("list[int]", attribute(node, "dilations", [1]))) == {1}
         if node.op_type == "Resize":
-            return attribute(node, "mode", b"nearest") == b"nearest"
+            return attribute(node, "mode", b"nearest") == b"nearest" and self.has_kernel(node)
         return node.op_type in MOVERS
+
+    def has_kernel(self, node: NodeProto) -> bool:
+        """Whether onnxruntime's integer kernels know all that a pool's or Resize's attributes say.
+
+        On integers, dilated averages do not load, and a ``Resize`` of some axes does not run.
+        """
+        if node.op_type == "AveragePool":
+            return set(cast("list[int]", attribute(node, "dilations", [1]))) == {1}
+        return bool(node.op_type != "Resize" or attribute(node, "axes") is None)
+
+    def adds_row(self, node: NodeProto) -> bool:
+        """Whether a ``Gemm`` adds one constant for all, or one to each column: what integer kernels can."""
+        if len(node.input) < 3 or not node.input[2]:
+            return True
+        if node.input[2] not in self.constants:
+            return False
+        shape: tuple[int, ...] = tuple(self.constants[node.input[2]].dims)
+        columns = self.weight_shape(node)[0 if attribute(node, "transB", 0) else 1]
+        return math.prod(shape) == 1 or (math.prod(shape) == columns and shape[-1] == columns)
 
     def pads_zeros(self, node: NodeProto) -> bool:
         """Whether a ``Pad`` adds zeros."""

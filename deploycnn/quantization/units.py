@@ -92,7 +92,7 @@ class Units:
             # It becomes the quantization range, which must hold zero.
             bounds = graph.clip_bounds(node)
             return bounds is not None and bounds[0] <= 0.0 <= bounds[1]
-        if node.op_type not in self._pack.followers:
+        if node.op_type not in self._pack.followers or not graph.has_kernel(node):
             return False
         if not all(self._takes(name) for name in graph.data_inputs(node) if name in graph.constants):
             return False

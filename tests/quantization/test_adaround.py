@@ -21,9 +21,12 @@ from deploycnn.quantization.preparation import prepare
 from deploycnn.quantization.reconstruction import find_layers
 from deploycnn.quantization.rounding import Problem, Settings
 from deploycnn.quantization.types import NumberFormat, Plan, Ranges
-from tests.graph.nets import Residual, images, randomized
+from tests.graph.nets import Residual, Weights, images, randomized
+from tests.quantization.test_placement import conv, node
+from tests.quantization.test_placement import model as model_of
 
 QUICK = Settings(iterations=150, batch_size=128, samples=512, lr=3e-2)
+RNG = np.random.default_rng(11)
 Case = tuple[ModelProto, Plan, Ranges, npt.NDArray[np.float32]]
 
 
@@ -148,3 +151,29 @@ def test_nothing_to_round_is_refused(case: Case) -> None:
         adaround(full, full, batch, QUICK)
     with pytest.raises(PassRequirementError, match="at least two images"):
         adaround(full, build(full, plan, ranges), batch[:1], QUICK)
+
+
+def test_what_cannot_be_learned_keeps_its_nearest_integers() -> None:
+    """Convolutions of lines, and a matrix that one layer reads by rows and another by columns."""
+    weights: Weights = {
+        "rows": np.int64([0, 8, 64]),
+        "line": RNG.standard_normal((8, 8, 3)).astype(np.float32),
+        "both": RNG.standard_normal((8, 8)).astype(np.float32),
+    }
+    nodes = [
+        conv("x", "c", weights, (8, 3, 3, 3)),
+        node("Reshape", "c rows", "lines"),
+        node("Conv", "lines line", "l", pads=[1, 1]),
+        node("GlobalAveragePool", "l", "p"),
+        node("Flatten", "p", "f"),
+        node("Gemm", "f both", "g", transB=1),
+        node("Gemm", "g both", "y"),
+    ]
+    full = model_of(nodes, weights)
+    pack = replace(packs.get("onnxruntime-cpu"), first_multiple=1)
+    plan = place(full, pack)
+    ranges = dict.fromkeys(ranges_needed(plan), (-6.0, 6.0))
+    assert {"c", "l", "g", "y"} <= {item.node for item in plan.weights}
+    learned = adaround(full, build(full, plan, ranges), images(8, (3, 8, 8)), replace(QUICK, iterations=5))
+    assert learned.weights.keys() == {"c.w"}
+    assert build(full, plan, ranges, learned.weights).graph.node

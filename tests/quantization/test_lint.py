@@ -544,3 +544,25 @@ def _plain(nodes: list[NodeProto], constants: dict[str, np.ndarray]) -> ModelPro
 def _saved(model: ModelProto, folder: Path) -> Path:
     save_onnx(model, folder / "model.onnx")
     return folder / "model.onnx"
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5)], ids=["vector", "on the left"])
+def test_weights_without_an_axis_of_channels_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
+    order = ["d", "x"] if len(shape) == 2 else ["x", "d"]
+    made = _plain(
+        [
+            helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"], name="dq"),
+            helper.make_node("MatMul", order, ["y"], name="product"),
+        ],
+        {"w": np.ones(shape, np.int8), "s": np.float32(0.1), "z": np.int8(0)},
+    )
+    report = deploycnn.lint(_saved(made, tmp_path), "onnxruntime-cpu")
+    assert "QDQ006" not in {finding.rule for finding in report.findings}
+
+
+def test_a_zero_point_that_is_no_number_is_a_finding(tmp_path: Path) -> None:
+    made = quantized(padded_shortcut(), CPU)
+    pad = next(held for held in made.graph.node if held.op_type == "Pad")
+    zero = next(tensor for tensor in made.graph.initializer if tensor.name == pad.input[2])
+    zero.CopyFrom(numpy_helper.from_array(np.zeros(3, np.uint8), zero.name))
+    assert deploycnn.lint(_saved(made, tmp_path), "onnxruntime-cpu").findings

@@ -347,3 +347,24 @@ def test_number_formats_follow_the_cpu() -> None:
 def test_an_unknown_target_is_named() -> None:
     with pytest.raises(RecipeError, match='no placement rules for "tensort"; did you mean "tensorrt"'):
         packs.get("tensort")
+
+
+@pytest.mark.parametrize(
+    ("bias", "integer"),
+    [((), True), ((1,), True), ((8,), True), ((1, 8), True), ((2, 8), False), ((2, 1), False)],
+)
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "tensorrt"])
+def test_a_gemm_that_adds_more_than_a_row_stays_float(
+    bias: tuple[int, ...], integer: bool, target: str
+) -> None:
+    weights: Weights = {"w": normal(8, 8), "b": normal(*bias)}
+    nodes = [
+        conv("x", "c", weights, (8, 3, 3, 3)),
+        node("GlobalAveragePool", "c", "p"),
+        node("Flatten", "p", "f"),
+        node("Gemm", "f w b", "y"),
+    ]
+    pack = replace(packs.get(target), min_product=1, float_operators={})
+    plan = place(model(nodes, weights, shape=(2, 3, 8, 8)), pack)
+    assert ("y" in plan.quantized_nodes) is integer
+    assert (plan.kept_float.get("y") == "Gemm that adds a whole matrix") is not integer
