@@ -42,9 +42,8 @@ def spell_out_axes(model: ModelProto) -> int:
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(content, kind), name))
         return name
 
-    def rank(name: str) -> int | None:
-        shape = shape_of(types[name]) if name in types else None
-        return None if shape is None else len(shape)
+    def shaped(name: str) -> tuple[int | None, ...] | None:
+        return shape_of(types[name]) if name in types else None
 
     for node in slices:
         starts = listed(node.input[1])
@@ -54,19 +53,18 @@ def spell_out_axes(model: ModelProto) -> int:
             node.input[:] = inputs
             changed += 1
     for node in pads:
-        amounts, axes, count = listed(node.input[1]), listed(node.input[3]), rank(node.input[0])
-        if amounts is None or axes is None or count is None:
+        amounts, axes, shape = listed(node.input[1]), listed(node.input[3]), shaped(node.input[0])
+        if amounts is None or axes is None or shape is None:
             continue
         # What is not even valid is for the runtime to refuse.
-        if len(amounts) == 2 * len(axes) and all(-count <= axis < count for axis in axes):
-            whole = np.zeros((2, count), np.int64)
+        if len(amounts) == 2 * len(axes) and all(-len(shape) <= axis < len(shape) for axis in axes):
+            whole = np.zeros((2, len(shape)), np.int64)
             whole[:, axes] = np.reshape(amounts, (2, len(axes)))
             node.input[1] = store(f"{node.output[0]}/pads", whole.ravel())
             del node.input[3:]
             changed += 1
     for node in resizes:
-        axes = cast("list[int]", attribute(node, "axes"))
-        shape = shape_of(types[node.input[0]]) if node.input[0] in types else None
+        axes, shape = cast("list[int]", attribute(node, "axes")), shaped(node.input[0])
         if shape is None or not all(-len(shape) <= axis < len(shape) for axis in axes):
             continue
         sizes = listed(node.input[3]) if len(node.input) > 3 else None

@@ -120,7 +120,10 @@ def adaround(
     model, full = infer_shapes(quantized), infer_shapes(full)
     layers = find_layers(full, model)
     if not layers:
-        raise PassRequirementError("adaround: the graph stores no weight as integers; quantize it first")
+        raise PassRequirementError(
+            "adaround: the graph stores no weight as integers, of convolutions of images and matrix products, "
+            "which are those that it learns; quantize it first"
+        )
     images = _that_fit(model, layers, images_NCHW, settings)
     sampler = Sampler(layers, len(images), settings.samples, settings.seed)
     observe(full, sampler.values, _chunks(images), sampler.visit, threads=settings.threads)

@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from deploycnn.graph.model import initializers
 from deploycnn.graph.names import names_taken, unique
-from deploycnn.quantization.structure import Structure
+from deploycnn.quantization.structure import Structure, has_kernel
 
 #: What ``WeightBiasQuantization`` looks at.
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm"})
@@ -31,8 +31,10 @@ def guard_float_layers(model: ModelProto) -> int:
 
 def guard_operators(model: ModelProto) -> int:
     """The same behind operators that onnxruntime would fuse into integer kernels that lack their attributes."""
+    lacking = [node for node in model.graph.node if not has_kernel(node)]
+    if not lacking:
+        return 0
     graph = Structure(model)
-    lacking = [node for node in graph.nodes if not graph.has_kernel(node)]
     return _guard(
         model, [node for node in lacking if _from_integers(graph, node) and _to_integers(graph, node)]
     )

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from deploycnn.quantization.packs import RulePack
-from deploycnn.quantization.structure import POOLS, Structure
+from deploycnn.quantization.structure import POOLS, Structure, has_kernel
 from deploycnn.quantization.ties import Ties, plan_activation
 from deploycnn.quantization.types import ActivationPlan
 
@@ -65,7 +65,7 @@ class Inputs:
         """
         graph = self._graph
         if node.op_type in POOLS:
-            return graph.has_kernel(node) and self._only_integer(node.output[0])
+            return has_kernel(node) and self._only_integer(node.output[0])
         if not graph.moves(node) or node.input[0] not in self._readers:
             return False
         rounded = [name for name in node.output if name in self._readers]

@@ -207,7 +207,7 @@ def squared_error(centres: Counts, counts: Counts, bounds: Range, number: Number
     step = float(scale)
     levels = centres / step
     np.rint(levels, out=levels)
-    # Half the time of np.clip on arrays of this size.
+    # Cheaper than np.clip on arrays of this size.
     np.maximum(levels, number.qmin - zero_point, out=levels)
     np.minimum(levels, number.qmax - zero_point, out=levels)
     levels *= step

@@ -38,6 +38,16 @@ _GATE_PATH = (
 _GATES = frozenset({"Sigmoid", "HardSigmoid"})
 
 
+def has_kernel(node: NodeProto) -> bool:
+    """Whether onnxruntime's integer kernels know all that a pool's or Resize's attributes say.
+
+    On integers, dilated averages do not load, and a ``Resize`` of some axes does not run.
+    """
+    if node.op_type == "AveragePool":
+        return set(cast("list[int]", attribute(node, "dilations", [1]))) == {1}
+    return bool(node.op_type != "Resize" or attribute(node, "axes") is None)
+
+
 class Structure:
     """Indexes over a graph. The graph must not change while they are in use.
 
@@ -108,17 +118,8 @@ class Structure:
         if node.op_type == "MaxPool":
             return len(node.output) == 1 and set(cast("list[int]", attribute(node, "dilations", [1]))) == {1}
         if node.op_type == "Resize":
-            return attribute(node, "mode", b"nearest") == b"nearest" and self.has_kernel(node)
+            return attribute(node, "mode", b"nearest") == b"nearest" and has_kernel(node)
         return node.op_type in MOVERS
-
-    def has_kernel(self, node: NodeProto) -> bool:
-        """Whether onnxruntime's integer kernels know all that a pool's or Resize's attributes say.
-
-        On integers, dilated averages do not load, and a ``Resize`` of some axes does not run.
-        """
-        if node.op_type == "AveragePool":
-            return set(cast("list[int]", attribute(node, "dilations", [1]))) == {1}
-        return bool(node.op_type != "Resize" or attribute(node, "axes") is None)
 
     def adds_row(self, node: NodeProto) -> bool:
         """Whether a ``Gemm`` adds one constant for all, or one to each column: what integer kernels can."""

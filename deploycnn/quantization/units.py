@@ -7,7 +7,7 @@ from collections.abc import Collection
 from onnx import NodeProto, numpy_helper
 
 from deploycnn.quantization.packs import MOVERS, RulePack
-from deploycnn.quantization.structure import COMPUTE, MANY_INPUTS, Structure
+from deploycnn.quantization.structure import COMPUTE, MANY_INPUTS, Structure, has_kernel
 from deploycnn.quantization.ties import Ties, plan_activation
 from deploycnn.quantization.types import ActivationPlan
 
@@ -92,7 +92,7 @@ class Units:
             # It becomes the quantization range, which must hold zero.
             bounds = graph.clip_bounds(node)
             return bounds is not None and bounds[0] <= 0.0 <= bounds[1]
-        if node.op_type not in self._pack.followers or not graph.has_kernel(node):
+        if node.op_type not in self._pack.followers or not has_kernel(node):
             return False
         if not all(self._takes(name) for name in graph.data_inputs(node) if name in graph.constants):
             return False
