@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from deploycnn.graph.axes import spell_out_axes
 from deploycnn.graph.batchnorm import fold_batchnorm
+from deploycnn.graph.gelu import order_gelu
 from deploycnn.graph.model import (
     QUANTIZED_OPS,
     attribute,
@@ -46,8 +47,8 @@ def simplify(model: ModelProto) -> ModelProto:
     """An equivalent model with constants and batch norms folded, and nothing unused in it.
 
     Local functions are inlined, initializers are no longer graph inputs, spatial means become
-    ``GlobalAveragePool`` (which every runtime knows best, and which has an INT8 kernel), slices and paddings say what
-    they do in the form that onnxruntime's layout optimizer understands.
+    ``GlobalAveragePool`` (which every runtime knows best, and which has an INT8 kernel); slices, paddings and GELUs
+    have the forms that onnxruntime's optimizers understand.
     """
     model = onnx.inliner.inline_local_functions(model) if model.functions else _copy(model)
     constants_to_initializers(model)
@@ -56,6 +57,7 @@ def simplify(model: ModelProto) -> ModelProto:
         remove_unused(model)
     fold_batchnorm(model)
     pool_spatial_means(model)
+    order_gelu(model)
     spell_out_axes(model)
     remove_unused(model)
     relaxed = infer_shapes(model)

@@ -1,6 +1,6 @@
 """An ONNX model at other widths, without exporting it again: for timing, where only shapes matter.
 
-One export is made of the dense model (and one quantization of it); every width configuration slices its weights.
+One export is made of the dense model; every width configuration slices its weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from deploycnn.graph.model import attribute
 from deploycnn.pruning.layers import Side
 from deploycnn.pruning.splits import Split, sizes_after
 from deploycnn.pruning.surgery import Removals
-from deploycnn.quantization.selections import is_selection
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -32,46 +31,21 @@ class _Graph:
 
     model: ModelProto
     constants: dict[str, TensorProto] = field(init=False)
-    makers: dict[str, NodeProto] = field(init=False)
     own: int = 0
 
     def __post_init__(self) -> None:
         self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self.makers = {name: node for node in self.model.graph.node for name in node.output}
-
-    def place(self, node: NodeProto, index: int) -> tuple[NodeProto, int] | None:
-        """Where the constant lies that input ``index`` of ``node`` reads, perhaps through a DequantizeLinear."""
-        if index >= len(node.input) or not node.input[index]:
-            return None
-        name = node.input[index]
-        if name in self.constants:
-            return node, index
-        maker = self.makers.get(name)
-        if maker is not None and maker.op_type in {
-            "DequantizeLinear",
-            "Reshape",
-            "Transpose",
-            "QuantizeLinear",
-        }:
-            return self.place(maker, 0)
-        return None
 
     def take(
         self, node: NodeProto, index: int, keep: Sequence[int] | npt.NDArray[np.int64], axis: int
     ) -> None:
-        """Keep some indices along an axis of a constant, and of the scales of that axis."""
-        found = self.place(node, index)
-        if found is None:
-            return
-        reader, position = found
-        self._replace(reader, position, np.take(self.value(reader, position), keep, axis=axis))
-        if reader.op_type == "DequantizeLinear":
-            number = attribute(reader, "axis", 1)
-            for other in range(1, len(reader.input)):
-                if reader.input[other] in self.constants:
-                    values = self.value(reader, other)
-                    if values.ndim == 1 and values.size > 1 and number == axis:
-                        self._replace(reader, other, values[np.asarray(keep)])
+        """Keep some indices along an axis of a constant that a node reads; nothing where there is none."""
+        if self.constant(node, index):
+            self._replace(node, index, np.take(self.value(node, index), keep, axis=axis))
+
+    def constant(self, node: NodeProto, index: int) -> bool:
+        """Whether a node has a constant input there."""
+        return index < len(node.input) and node.input[index] in self.constants
 
     def value(self, node: NodeProto, index: int) -> npt.NDArray[np.generic]:
         """The constant that a node reads."""
@@ -96,7 +70,7 @@ def narrowed(
     Grouped convolutions get the right shape but, per group, the first group's channels: this is for timing.
 
     Args:
-        model: Of ``export_onnx``, or quantized from that; nodes are named after their modules.
+        model: Of ``export_onnx``; nodes are named after their modules.
         cuts: Channels that each side of a layer loses.
         widths: ``surgery.channels_at``.
 
@@ -141,10 +115,7 @@ def _narrow(
 ) -> bool:
     """Cut one node; whether it is one that holds channels."""
     kind = node.op_type
-    if kind == "Conv" and _selects(graph, node):
-        if side == "out":  # what it reads goes with what it makes, as with a Pad
-            _narrow_selection(graph, node, keep)
-    elif kind in {"Conv", "ConvTranspose"}:
+    if kind in {"Conv", "ConvTranspose"}:
         _narrow_convolution(graph, node, side, keep, transposed=kind == "ConvTranspose")
     elif kind in {"Gemm", "MatMul"}:
         rows_out = kind == "Gemm" and bool(attribute(node, "transB", 0))
@@ -168,28 +139,11 @@ def _narrow(
     return True
 
 
-def _selects(graph: _Graph, node: NodeProto) -> bool:
-    """Whether a convolution is a shortcut without weights (``quantization/selections.py``)."""
-    found = graph.place(node, 1)
-    if found is None:
-        return False
-    weight = graph.value(*found)
-    return weight.dtype == np.int8 and is_selection(weight)
-
-
-def _narrow_selection(graph: _Graph, node: NodeProto, keep: npt.NDArray[np.int64]) -> None:
-    graph.take(node, 1, keep, axis=0)
-    found = graph.place(node, 1)
-    if found is not None:
-        still_read = np.flatnonzero(graph.value(*found).any(axis=(0, 2, 3)))
-        graph.take(node, 1, still_read, axis=1)
-
-
 def _narrow_split(
     graph: _Graph, node: NodeProto, before: tuple[int, ...], removed: npt.NDArray[np.int64]
 ) -> None:
     """Make parts smaller whose sizes are named; such as are only counted follow by themselves."""
-    if node.op_type != "Split" or graph.place(node, 1) is None:
+    if node.op_type != "Split" or not graph.constant(node, 1):
         return
     sizes = graph.value(node, 1).astype(np.int64).tolist()
     if tuple(sizes) == before:
@@ -200,10 +154,9 @@ def _narrow_convolution(
     graph: _Graph, node: NodeProto, side: str, keep: npt.NDArray[np.int64], *, transposed: bool
 ) -> None:
     groups = int(attribute(node, "group", 1))  # type: ignore[call-overload] # an integer attribute
-    found = graph.place(node, 1)
-    if found is None:
+    if not graph.constant(node, 1):
         return
-    shape = graph.value(*found).shape
+    shape = graph.value(node, 1).shape
     depthwise = groups > 1 and shape[1] == 1 and shape[0] == groups
     if depthwise:
         graph.take(node, 1, keep, axis=0)

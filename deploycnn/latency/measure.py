@@ -42,7 +42,7 @@ OVERHEADS_MS = (0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02, 0.03)
 #: Of a node's profiled time, what is left at least when the overhead is taken off.
 _LEAST_SHARE = 0.1
 #: Part of the names in the cache: another way to measure is another table.
-_VERSION = 11
+_VERSION = 12
 
 
 class Kept(NamedTuple):
@@ -86,6 +86,7 @@ class Bench:
     target: str
     budget_s: float = 1.5
     tell: Callable[[float, float, str], None] = lambda _done, _total, _message: None
+    _exported: ModelProto | None = field(default=None, init=False)
     _dense: ModelProto | None = field(default=None, init=False)
     _layers: list[Layer] | None = field(default=None, init=False)
 
@@ -97,22 +98,27 @@ class Bench:
 
     def export(self, model: nn.Module) -> ModelProto:
         """A model as it would be deployed: exported, and quantized or cast where that is what is timed."""
-        return self._deployed(export_onnx(model, self.shape, opset=NATIVE_OPSET), self.shape)
+        return self._deployed(export_onnx(model, self.shape, opset=NATIVE_OPSET))
 
-    def _deployed(self, graph: ModelProto, shape: tuple[int, int, int]) -> ModelProto:
-        return deployed(graph, self.precision, shape, self.target, self.threads)
+    def _deployed(self, graph: ModelProto) -> ModelProto:
+        return deployed(graph, self.precision, self.target)
+
+    def _export_dense(self) -> ModelProto:
+        if self._exported is None:
+            self.tell(0, 1, "exporting the dense model")
+            self._exported = export_onnx(self.model, self.shape, opset=NATIVE_OPSET)
+        return self._exported
 
     def dense(self) -> ModelProto:
         """The dense model's graph."""
         if self._dense is None:
-            self.tell(0, 1, "exporting the dense model")
-            self._dense = self.export(self.model)
+            self._dense = self._deployed(self._export_dense())
         return self._dense
 
     def at(self, cuts: Removals) -> ModelProto:
         """The model's graph without some channels; weights need not be those that are left."""
         try:
-            return narrowed(self.dense(), cuts, channels_at(self.model, cuts))
+            return self._deployed(narrowed(self._export_dense(), cuts, channels_at(self.model, cuts)))
         except FixedWidthsError:
             # A reshape to sizes that the module computes, for one: the graph has them as constants. Surgery proved
             # that the module fits, so it is exported anew, which takes longer.

@@ -33,7 +33,7 @@ _UNTOLD = 8
 WIDTHS = (8, 41)
 _BUDGET_S = 0.5
 
-Prepare = Callable[[ModelProto, tuple[int, int, int]], ModelProto]
+Prepare = Callable[[ModelProto], ModelProto]
 
 
 def find(
@@ -42,7 +42,7 @@ def find(
     *,
     batch_size: int,
     threads: int,
-    prepare: Prepare = lambda graph, _: graph,
+    prepare: Prepare = lambda graph: graph,
 ) -> int:
     """The largest step that widths may be rounded up to for free, for the model's commonest kind of convolution.
 
@@ -98,7 +98,7 @@ def measure(
     batch_size: int,
     threads: int,
     least_side: int = _LEAST_SIDES[0],
-    prepare: Prepare = lambda graph, _: graph,
+    prepare: Prepare = lambda graph: graph,
 ) -> dict[int, float]:
     """Milliseconds of a row of convolutions of one kind, by width, on maps of ``least_side`` pixels or more."""
     widths = range(*WIDTHS)
@@ -108,7 +108,7 @@ def measure(
         paths = {}
         for width in widths:
             paths[str(width)] = Path(name) / f"{width}.onnx"
-            graph = prepare(row(width, kind.kernel, shape), shape)
+            graph = prepare(row(width, kind.kernel, shape))
             save_onnx(graph, paths[str(width)])
         speeds = stopwatch.race(paths, batch_size=batch_size, threads=threads, budget_s=_BUDGET_S)
     first = next(iter(speeds.values())).median_ms

@@ -43,7 +43,7 @@ class Int8(Int8Settings, Pass):
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
     main: ClassVar[str | None] = "mode"
-    version: ClassVar[int] = 15
+    version: ClassVar[int] = 16
     needs_data: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ its whole group with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from deploycnn.graph.model import attribute, shape_of, value_types
+from deploycnn.quantization.disjoint import DisjointSets
 from deploycnn.quantization.structure import Structure
 
 #: Operators that commute with positive scales of each channel, on their first input.
@@ -68,7 +69,7 @@ class _Analysis:
         self._graph = Structure(model)
         self._through_gates = through_gates
         self._shapes = {name: shape_of(value) for name, value in value_types(model).items()}
-        self._parent: dict[str, str] = {}
+        self._sets = DisjointSets()
         self._held: set[str] = set()
         self._layers: list[NodeProto] = []
         self._bounds: list[NodeProto] = []
@@ -79,23 +80,23 @@ class _Analysis:
         self._hold(*graph.inputs, *graph.outputs)
         for node in graph.nodes:
             self._visit(node)
-        held = {self._root(name) for name in self._held}
+        held = {self._sets.find(name) for name in self._held}
         found: dict[str, ChannelGroup] = {}
         for name, _ in graph.values():
             channels = self._channels(name)
-            root = self._root(name)
+            root = self._sets.find(name)
             if root not in held and channels is not None:
                 found.setdefault(root, ChannelGroup(channels=channels)).values.append(name)
         for node in self._layers:
             for root, kind in (
-                (self._root(node.output[0]), "makers"),
-                (self._root(node.input[0]), "readers"),
+                (self._sets.find(node.output[0]), "makers"),
+                (self._sets.find(node.input[0]), "readers"),
             ):
                 if root in found:
                     getattr(found[root], kind).append(node)
         for nodes, kind in ((self._bounds, "bounds"), (self._gates, "gates")):
             for node in nodes:
-                if (root := self._root(node.input[0])) in found:
+                if (root := self._sets.find(node.input[0])) in found:
                     getattr(found[root], kind).append(node)
         return [group for group in found.values() if group.makers and group.readers and group.channels > 1]
 
@@ -107,8 +108,8 @@ class _Analysis:
         elif node.op_type in {"Clip", "Min"} and self._bounded(node):
             self._bounds.append(node)
             self._join(node.input[0], node.output[0])
-        elif node.op_type in {"Pad", "Flatten", "Reshape", "Squeeze", "ReduceMean"} and self._keeps_channels(
-            node
+        elif node.op_type in {"Pad", "Flatten", "Reshape", "Squeeze", "ReduceMean"} and keeps_channels(
+            node, self._graph, self._shapes
         ):
             self._join(node.input[0], node.output[0])
         elif node.op_type == "Add" and self._same_shapes(node):
@@ -150,28 +151,6 @@ class _Analysis:
             return bounds is not None and bounds[0] == 0.0 < bounds[1] < float("inf")
         bound = upper_bound(node, self._graph, self._channels(node.input[0]) or 0)
         return bound is not None and bool((bound > 0).all())
-
-    def _keeps_channels(self, node: NodeProto) -> bool:
-        source, target = self._shapes.get(node.input[0]), self._shapes.get(node.output[0])
-        if source is None or target is None or len(source) < 2 or len(target) < 2 or source[1] != target[1]:
-            return False
-        if node.op_type == "Pad":
-            # Zeros beside the channels stay zeros; more channels would be another shape.
-            pads = self._graph.constants.get(node.input[1]) if len(node.input) > 1 else None
-            if (
-                pads is None
-                or not self._graph.moves(node)
-                or attribute(node, "mode", b"constant") != b"constant"
-            ):
-                return False
-            amounts = numpy_helper.to_array(pads).reshape(2, -1)
-            return amounts.shape[1] == len(source) and not amounts[:, 1].any()
-        if node.op_type == "ReduceMean":
-            axes = attribute(node, "axes")
-            if len(node.input) > 1 and node.input[1] in self._graph.constants:
-                axes = numpy_helper.to_array(self._graph.constants[node.input[1]]).tolist()
-            return len(source) == 4 and {axis % 4 for axis in cast("list[int]", axes or [0])} <= {2, 3}
-        return source[2:] == (1,) * (len(source) - 2) and target[2:] == (1,) * (len(target) - 2)
 
     def _same_shapes(self, node: NodeProto) -> bool:
         left, right = (self._shapes.get(name) for name in node.input)
@@ -221,20 +200,36 @@ class _Analysis:
         shape = self._shapes.get(name)
         return shape[1] if shape is not None and len(shape) >= 2 else None
 
-    def _root(self, name: str) -> str:
-        while (above := self._parent.get(name, name)) != name:
-            self._parent[name] = self._parent.get(above, above)
-            name = above
-        return name
-
     def _join(self, first: str, second: str) -> None:
         if self._channels(first) is None or self._channels(first) != self._channels(second):
             self._hold(first, second)
             return
-        self._parent[self._root(second)] = self._root(first)
+        self._sets.join(first, second)
 
     def _hold(self, *names: str) -> None:
         self._held.update(name for name in names if name)
+
+
+def keeps_channels(
+    node: NodeProto, graph: Structure, shapes: Mapping[str, tuple[int | None, ...] | None]
+) -> bool:
+    """Whether padding, flattening, reshaping or a mean leaves each channel what it is, if of fewer or more pixels."""
+    source, target = shapes.get(node.input[0]), shapes.get(node.output[0])
+    if source is None or target is None or len(source) < 2 or len(target) < 2 or source[1] != target[1]:
+        return False
+    if node.op_type == "Pad":
+        # Zeros beside the channels stay zeros; more channels would be another shape.
+        pads = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
+        if pads is None or not graph.moves(node) or attribute(node, "mode", b"constant") != b"constant":
+            return False
+        amounts = numpy_helper.to_array(pads).reshape(2, -1)
+        return amounts.shape[1] == len(source) and not amounts[:, 1].any()
+    if node.op_type == "ReduceMean":
+        axes = attribute(node, "axes")
+        if len(node.input) > 1 and node.input[1] in graph.constants:
+            axes = numpy_helper.to_array(graph.constants[node.input[1]]).tolist()
+        return len(source) == 4 and {axis % 4 for axis in cast("list[int]", axes or [0])} <= {2, 3}
+    return source[2:] == (1,) * (len(source) - 2) and target[2:] == (1,) * (len(target) - 2)
 
 
 def upper_bound(node: NodeProto, graph: Structure, channels: int) -> npt.NDArray[np.float64] | None:

@@ -9,11 +9,11 @@ which is a copy of bytes. A first layer that stays float gives them back: there 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 
 from deploycnn.graph.cleanup import remove_unused
-from deploycnn.graph.model import attribute, infer_shapes, initializers, names_used, sort_nodes
+from deploycnn.graph.constants import replace_constant
+from deploycnn.graph.model import attribute, infer_shapes, initializers, sort_nodes
 from deploycnn.graph.names import names_taken, unique
 from deploycnn.quantization.structure import Structure
 
@@ -38,15 +38,15 @@ def align_first_layers(model: ModelProto) -> int:
         if len(kernel) != 2 or attribute(node, "group", 1) != 1 or outputs % _OUTPUTS or not missing:
             continue
         amounts = unique(f"{node.name}/pads", taken)
-        padded, stored = unique(f"{node.name}/Pad", taken), node.input[1]
-        output = unique(f"{node.name}/Pad_output", taken)
-        weight = np.pad(numpy_helper.to_array(weights[stored]), ((0, 0), (0, missing), (0, 0), (0, 0)))
-        stored = _store(model, stored, weight, taken)
-        taken |= {amounts, padded, output, stored}
+        padded, output = unique(f"{node.name}/Pad", taken), unique(f"{node.name}/Pad_output", taken)
+        taken |= {amounts, padded, output}
+        weight = numpy_helper.to_array(weights[node.input[1]])
+        weight = np.pad(weight, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        replace_constant(model.graph, node, 1, weight, taken)
         counts = np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64)
         model.graph.initializer.append(numpy_helper.from_array(counts, amounts))
         model.graph.node.append(helper.make_node("Pad", [node.input[0], amounts], [output], name=padded))
-        node.input[0], node.input[1] = output, stored
+        node.input[0] = output
         changed += 1
     if changed:
         sort_nodes(model)
@@ -74,20 +74,9 @@ def release_float_layers(model: ModelProto) -> int:
             or weight[:, -added:].any()
         ):
             continue
-        stored = _store(model, node.input[1], weight[:, :-added], taken)
-        taken.add(stored)
-        node.input[0], node.input[1] = maker.input[0], stored
+        replace_constant(model.graph, node, 1, weight[:, :-added], taken)
+        node.input[0] = maker.input[0]
         changed += 1
     if changed:
         remove_unused(model)
     return changed
-
-
-def _store(model: ModelProto, name: str, weight: npt.NDArray[np.float32], taken: set[str]) -> str:
-    """Other content for an initializer; under a new name where others read it too. Return its name."""
-    if sum(list(names_used(node)).count(name) for node in model.graph.node) > 1:
-        name = unique(f"{name}_aligned", taken)
-        model.graph.initializer.append(TensorProto(name=name))
-    held = initializers(model.graph)[name]
-    held.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(weight), name))
-    return name

@@ -104,7 +104,7 @@ class RulePack:
 
 
 #: Rewrites for kernels that only x86 has.
-X86_REWRITES = frozenset({"align_first_layers"})
+X86_REWRITES = frozenset({"convolve_pools", "align_channels", "align_first_layers"})
 
 _CPU = RulePack(
     target="cpu",
@@ -120,7 +120,15 @@ _CPU = RulePack(
     # For OpenVINO too, where it costs nothing: onnxruntime judges the accuracy of its files.
     guards_float=True,
     # Behind a convolution HardSwish and HardSigmoid are integer kernels; OpenVINO has its own way with them.
-    rewrites=("remove_shuffles", "clip_by_range", "tile_gates", "merge_groups", "align_first_layers"),
+    rewrites=(
+        "remove_shuffles",
+        "clip_by_range",
+        "tile_gates",
+        "merge_groups",
+        "convolve_pools",
+        "align_channels",
+        "align_first_layers",
+    ),
 )
 
 _TENSORRT = RulePack(

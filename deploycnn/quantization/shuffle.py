@@ -16,13 +16,13 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from deploycnn.graph.cleanup import remove_unused
+from deploycnn.graph.constants import replace_constant
 from deploycnn.graph.model import (
     attribute,
     consumers,
     infer_shapes,
     initializers,
     lasting_names,
-    names_used,
     producers,
     shape_of,
     sort_nodes,
@@ -269,11 +269,7 @@ def _order_outputs(graph: _Graph, node: NodeProto, order: Sequence[int]) -> None
 
 def _order(graph: _Graph, node: NodeProto, position: int, order: Sequence[int], axis: int) -> None:
     """Order one axis of a constant; under another name where other nodes read it too."""
-    name = node.input[position]
-    ordered = np.ascontiguousarray(np.take(numpy_helper.to_array(graph.weights[name]), order, axis=axis))
-    if sum(list(names_used(other)).count(name) for other in graph.model.graph.node) > 1:
-        name = unique(name, set(graph.made_by) | set(graph.weights))
-        tensor = graph.model.graph.initializer.add()
-        graph.weights[name] = tensor
-        node.input[position] = name
-    graph.weights[name].CopyFrom(numpy_helper.from_array(ordered, name))
+    values = np.take(numpy_helper.to_array(graph.weights[node.input[position]]), order, axis=axis)
+    taken = set(graph.made_by) | set(graph.weights)
+    replace_constant(graph.model.graph, node, position, values, taken)
+    graph.weights = initializers(graph.model.graph)

@@ -8,12 +8,13 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 from onnx import numpy_helper
 
+from deploycnn.quantization.disjoint import DisjointSets
 from deploycnn.quantization.structure import FIXED_RANGES, Structure
 from deploycnn.quantization.types import ActivationPlan, Range
 
 
 class Ties:
-    """Groups of values with one scale, called after a member (a union-find).
+    """Groups of values with one scale, called after a member.
 
     A group knows what values its members can take and what they must not exceed: where a ReLU or clip has
     become the range of a member, the group's range must end where the clip does.
@@ -26,22 +27,20 @@ class Ties:
             possible: What a value can be at most, by value (``Structure.possible``).
             limits: Bounds of the clips that became the range of a value, by value.
         """
-        self._parent: dict[str, str] = {}
+        self._sets = DisjointSets()
         self._possible = dict(possible)
         self._limit = dict(limits)
 
     def find(self, value: str) -> str:
         """The group of a value."""
-        while value in self._parent:
-            value = self._parent[value]
-        return value
+        return self._sets.find(value)
 
     def tie(self, first: str, second: str) -> None:
         """Make two groups one, called as the first's."""
         left, right = self.find(first), self.find(second)
         if left == right:
             return
-        self._parent[right] = left
+        self._sets.join(left, right)
         self._possible[left] = _hull(self._possible[left], self._possible[right])
         limits = [self._limit[group] for group in (left, right) if group in self._limit]
         if limits:

@@ -13,8 +13,7 @@ from onnx import ModelProto
 from torch import nn
 
 from deploycnn.graph.export import export_onnx
-from deploycnn.graph.model import save_onnx
-from deploycnn.quantization import packs
+from deploycnn.graph.model import attribute, save_onnx
 from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
 from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.insertion import build
@@ -62,12 +61,16 @@ def operators(model: ModelProto) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("name", ["clip_by_range", "tile_gates", "merge_groups", "align_first_layers", "all"])
+#: Rewrites that ``Gated`` has something for.
+APPLIED = ("clip_by_range", "tile_gates", "merge_groups", "align_first_layers")
+
+
+@pytest.mark.parametrize("name", [*APPLIED, "all"])
 def test_the_function_stays_the_same(name: str) -> None:
     model = exported()
     expected = outputs(model, images(5))
     applied = apply_rewrites(model, REWRITES if name == "all" else [name])
-    assert all(count for name, count in applied.items() if name != "remove_shuffles")
+    assert all(applied[name] for name in APPLIED if name in applied)
     error = np.abs(outputs(model, images(5)) - expected).max()
     assert error < 2e-6 * np.abs(expected).max()
 
@@ -92,6 +95,8 @@ def test_what_each_rewrite_leaves() -> None:
         "clip_by_range": 3,
         "tile_gates": 1,
         "merge_groups": 1,
+        "convolve_pools": 0,
+        "align_channels": 0,
         "align_first_layers": 1,
     }
     after = operators(model)
@@ -99,7 +104,23 @@ def test_what_each_rewrite_leaves() -> None:
     assert after["Clip"] == 3
     assert after["Tile"] == 1
     grouped = next(node for node in model.graph.node if node.name.startswith("grouped"))
-    assert next(held.i for held in grouped.attribute if held.name == "group") == 2
+    assert next(held.i for held in grouped.attribute if held.name == "group") == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "left"), [(13, 8, 1), (26, 8, 13), (55, 8, 11), (32, 4, 4), (32, 8, 8), (32, 32, 32)]
+)
+def test_groups_are_joined_until_products_cost_more(groups: int, width: int, left: int) -> None:
+    """RegNetY-400MF's last three stages, and ResNeXt's first and last."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, groups * width, 1), nn.Conv2d(groups * width, groups * width, 3, groups=groups)
+    )
+    model = prepare(export_onnx(module.eval(), (3, 8, 8), opset=18))
+    expected = outputs(model, images(2, 8))
+    assert apply_rewrites(model, ["merge_groups"]) == {"merge_groups": int(left < groups)}
+    assert attribute(model.graph.node[1], "group", 1) == left
+    np.testing.assert_allclose(outputs(model, images(2, 8)), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_files_of_integer_weights_alone_keep_their_graph() -> None:
