@@ -20,7 +20,7 @@ class Export(Pass):
 
     consumes: ClassVar[Format | None] = "torch"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     opset: Annotated[
         int,

@@ -42,7 +42,7 @@ class Fp16(Pass):
 
     consumes: ClassVar[Format | None] = "onnx"
     produces: ClassVar[Format] = "onnx"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     dtype: Annotated[
         Literal["fp16", "bf16"],

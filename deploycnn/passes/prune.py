@@ -51,7 +51,7 @@ class Prune(Pass):
 
     consumes: ClassVar[Format] = "torch"
     produces: ClassVar[Format] = "torch"
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
 
     pruning_ratio: Annotated[
         Annotated[float, Gt(0), Lt(1)] | None, "Share of the prunable channels to remove."

@@ -14,6 +14,7 @@ from torch import nn
 
 from deploycnn.graph.export import export_onnx
 from deploycnn.graph.model import attribute, save_onnx
+from deploycnn.quantization import packs
 from deploycnn.quantization.calibration import calibrate, choose_ranges, values_of
 from deploycnn.quantization.fusion import count_fused
 from deploycnn.quantization.insertion import build
