@@ -38,6 +38,9 @@ _UNARY = {
     ),
 }  # fmt: skip
 
+#: Those that make something else of zeros.
+_NOT_OF_ZEROS = frozenset({"Sigmoid", "HardSigmoid", "Softplus"})
+
 #: And on several of one shape, or some of which are single pixels or numbers.
 _MANY = frozenset({"Add", "Sub", "Mul", "Min", "Max"})
 
@@ -79,6 +82,8 @@ class ChannelSets:
         self._values = DisjointSets()
         self.held: set[str] = set()
         self._held_values: set[str] = set()
+        #: Values that are no zeros where what they are made of is.
+        self._not_zeros: list[str] = []
         self._layers: list[NodeProto] = []
         self._depthwise: list[NodeProto] = []
         self._costs: list[tuple[str, float]] = []
@@ -128,10 +133,14 @@ class ChannelSets:
             self._hold(node.output[0])
         elif node.op_type in _UNARY and single and self._by_numbers(node):
             self._join(*ends, _UNARY[node.op_type])
+            if node.op_type in _NOT_OF_ZEROS or not self._clips_around_zero(node):
+                self._not_zeros.append(node.output[0])
         elif node.op_type in _MANY and self._by_channels(node):
             for name in self._activations(node):
                 self._join(name, node.output[0])
             self._costs.append((node.output[0], COMPUTED))
+            if node.op_type != "Mul" and len(self._activations(node)) < len(node.input):
+                self._not_zeros.append(node.output[0])
         elif node.op_type == "Pad" and graph.zero_channels(node) is not None:
             self.paddings.append(node)
         elif (node.op_type in {"Concat", "Split"}) and attribute(node, "axis", 0) in {1, -3}:
@@ -163,6 +172,10 @@ class ChannelSets:
     def _by_numbers(self, node: NodeProto) -> bool:
         constants = self.graph.constants
         return all(name in constants and prod(constants[name].dims) == 1 for name in node.input[1:] if name)
+
+    def _clips_around_zero(self, node: NodeProto) -> bool:
+        bounds = self.graph.clip_bounds(node) if node.op_type == "Clip" else (0.0, 0.0)
+        return bounds is not None and bounds[0] <= 0.0 <= bounds[1]
 
     def _activations(self, node: NodeProto) -> list[str]:
         return [name for name in node.input if name not in self.graph.constants]
@@ -218,9 +231,13 @@ class ChannelSets:
             root, parts = self.root(whole), tuple(self.root(name) for name in values)
             if found.setdefault(root, parts) != parts or root in parts:
                 self._hold(root, *parts)
+        not_zeros = {self.root(name) for name in self._not_zeros}
         for node in self.paddings:
-            # The zeros of a Pad are behind the channels, not between those of parts.
+            # The zeros of a Pad are behind the channels, not between those of parts. New channels take their places, so
+            # they must be zeros themselves.
             self._hold(*(name for name in (node.input[0], node.output[0]) if self.root(name) in found))
+            if self.root(node.input[0]) in not_zeros:
+                self._hold(node.input[0])
         return found
 
     def _find_sets(self) -> dict[str, ChannelSet]:
