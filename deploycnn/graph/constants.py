@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, NodeProto, numpy_helper
 
-from deploycnn.graph.model import initializers, names_used
+from deploycnn.graph.model import initializers, lasting_names, names_used
 from deploycnn.graph.names import unique
 
 
@@ -26,7 +26,8 @@ def replace_constant(
     name = str(node.input[position])
     dtype = numpy_helper.to_array(constants[name]).dtype
     stored = np.asarray(values, dtype, order="C")
-    if sum(list(names_used(held)).count(name) for held in graph.node) == 1:
+    readers = sum(list(names_used(held)).count(name) for held in graph.node)
+    if readers == 1 and name not in lasting_names(graph):
         constants[name].CopyFrom(numpy_helper.from_array(stored, name))
         return name
     fresh = unique(name, taken)

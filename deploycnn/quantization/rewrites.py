@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploycnn.graph.cleanup import remove_unused
@@ -188,14 +187,15 @@ def _scalable(graph: GraphProto, value: str, readers: set[str]) -> NodeProto | N
 def _scale_and_shift(graph: GraphProto, node: NodeProto, scale: float, shift: float, taken: set[str]) -> None:
     """Make ``node`` (Conv or Gemm) return ``scale * y + shift``, in float64, where it returned ``y``."""
     weights = initializers(graph)
-    replace_constant(graph, node, 1, _float64(weights[node.input[1]]) * scale, taken)
+    weight, outputs = numpy_helper.to_array(weights[node.input[1]]), _outputs_of(node, weights)
+    replace_constant(graph, node, 1, weight.astype(np.float64) * scale, taken)
     if len(node.input) > 2 and node.input[2]:
-        replace_constant(graph, node, 2, _float64(weights[node.input[2]]) * scale + shift, taken)
+        bias = numpy_helper.to_array(weights[node.input[2]]).astype(np.float64)
+        replace_constant(graph, node, 2, bias * scale + shift, taken)
     elif shift:
         name = unique(f"{node.name}.bias", taken)
         taken.add(name)
-        dtype = numpy_helper.to_array(weights[node.input[1]]).dtype
-        bias = np.full(_outputs_of(node, weights), shift, dtype=dtype)
+        bias = np.full(outputs, shift, dtype=weight.dtype)
         graph.initializer.append(numpy_helper.from_array(bias, name))
         del node.input[2:]
         node.input.append(name)
@@ -215,10 +215,6 @@ def _constants(graph: GraphProto, stem: str, values: Mapping[str, float], taken:
         graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype=np.float32), name))
         names.append(name)
     return names
-
-
-def _float64(tensor: TensorProto) -> npt.NDArray[np.float64]:
-    return numpy_helper.to_array(tensor).astype(np.float64)
 
 
 # Nanoseconds for a pixel on one core with VNNI, of which only the ratios matter (ResNeXt's and RegNet's shapes).

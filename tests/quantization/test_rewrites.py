@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from deploycnn.graph.export import export_onnx
@@ -165,6 +165,42 @@ def test_shared_weights_keep_their_other_reader() -> None:
     expected = outputs(model, images(4, 8))
     assert apply_rewrites(model, ["clip_by_range"]) == {"clip_by_range": 1}
     np.testing.assert_allclose(outputs(model, images(4, 8)), expected, atol=1e-5)
+
+
+def shared_without_bias(*, output: bool = False) -> ModelProto:
+    """Two convolutions share weights and have no bias; a HardSigmoid follows the second."""
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["a"], name="one", pads=[1] * 4),
+        helper.make_node("Conv", ["a" if not output else "images", "w"], ["b"], name="two", pads=[1] * 4),
+        helper.make_node("HardSigmoid", ["b"], ["y"], name="gate"),
+    ]
+    shapes = {"images": [None, 3, 8, 8], "y": [None, 3, 8, 8], "w": [3, 3, 3, 3]}
+    ends = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()
+    }
+    weight = np.random.default_rng(0).standard_normal((3, 3, 3, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        nodes[int(output) :],
+        "g",
+        [ends["images"]],
+        [ends["y"], *([ends["w"]] if output else [])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return prepare(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_weights_that_others_see_stay_theirs(output: bool) -> None:
+    model = shared_without_bias(output=output)
+
+    def run() -> list[np.ndarray]:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {"images": images(2, 8)})
+
+    expected = run()
+    assert apply_rewrites(model, ["clip_by_range"]) == {"clip_by_range": 1}
+    for actual, wanted in zip(run(), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)
 
 
 def test_the_result_fuses_without_strays(tmp_path: Path) -> None:
