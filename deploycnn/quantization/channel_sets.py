@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import cast
 
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, numpy_helper
 
 from deploycnn.graph.model import attribute, shape_of, value_types
 from deploycnn.quantization.channels import is_depthwise, keeps_channels
@@ -164,7 +164,8 @@ class ChannelSets:
 
     def _reads_rows(self, node: NodeProto) -> bool:
         shape = self.shapes.get(node.input[0])
-        plain = shape is not None and len(shape) == 2 and node.input[1] in self.graph.constants
+        plain = shape is not None and len(shape) == 2
+        plain = plain and all(name in self.graph.constants for name in node.input[1:] if name)
         return (
             plain and len(self.graph.constants[node.input[1]].dims) == 2 and not attribute(node, "transA", 0)
         )
@@ -198,7 +199,9 @@ class ChannelSets:
         """Whether it moves or sums up pixels within channels, however many there are."""
         constants = self.graph.constants
         if node.op_type in {"Pad", "Flatten", "ReduceMean"}:
-            return keeps_channels(node, self.graph, self.shapes)
+            # A Flatten elsewhere would count the channels among the images.
+            first = node.op_type != "Flatten" or attribute(node, "axis", 1) in {1, -3}
+            return first and keeps_channels(node, self.graph, self.shapes)
         if node.op_type == "Slice":
             axes = self.graph.integers(node, 3)
             return self._images(node.input[0]) and axes is not None and {axis % 4 for axis in axes} <= {2, 3}
@@ -208,8 +211,9 @@ class ChannelSets:
         if node.op_type == "Resize":
             # Sizes would name the number of channels.
             given = len(node.input) > 2 and node.input[2] in constants and not any(node.input[3:])
-            same = self.channels(node.input[0]) == self.channels(node.output[0])
-            return given and same and self._images(node.input[0]) and attribute(node, "axes") is None
+            if not given or not self._images(node.input[0]) or attribute(node, "axes") is not None:
+                return False
+            return bool(numpy_helper.to_array(constants[node.input[2]])[1] == 1.0)
         return False
 
     def _join(self, first: str, second: str, cost: float = 0.0) -> None:

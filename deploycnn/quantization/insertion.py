@@ -23,6 +23,7 @@ from deploycnn.quantization.first_layers import release_float_layers
 from deploycnn.quantization.grids import Grid, activation_parameters, fold_clips
 from deploycnn.quantization.guards import guard_float_layers, guard_operators
 from deploycnn.quantization.placement import output_axis
+from deploycnn.quantization.pools import convolve_pools
 from deploycnn.quantization.selections import Selection, find_selections
 from deploycnn.quantization.structure import Structure
 from deploycnn.quantization.types import ActivationPlan, IntegerWeight, Plan, Ranges, WeightPlan
@@ -74,7 +75,10 @@ def build(
     if plan.guards_float:
         guard_float_layers(draft)
     guard_operators(draft)
-    return infer_shapes(draft)
+    draft = infer_shapes(draft)
+    if plan.convolves_pools and convolve_pools(draft, value_types(draft)):
+        draft = infer_shapes(draft)
+    return draft
 
 
 def ranges_needed(plan: Plan) -> tuple[str, ...]:

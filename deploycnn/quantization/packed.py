@@ -20,6 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from deploycnn.graph.cleanup import remove_unused
 from deploycnn.graph.model import consumers, copy_of, initializers, producers, sort_nodes
 from deploycnn.graph.names import unique
+from deploycnn.quantization.pools import is_mean
 from deploycnn.quantization.selections import is_selection
 
 
@@ -68,7 +69,9 @@ def measure(model: ModelProto) -> Weights:
     stored = numbers = four = 0
     for node in _dequantizers(model):
         tensor = weights.get(node.input[0])
-        if tensor is None or len(tensor.dims) < 2 or is_selection(numpy_helper.to_array(tensor)):
+        if tensor is None or len(tensor.dims) < 2:
+            continue
+        if is_selection(array := numpy_helper.to_array(tensor)) or is_mean(array):
             continue
         size = int(np.prod(tensor.dims))
         narrowed = tensor.data_type in {TensorProto.INT4, TensorProto.UINT4}

@@ -53,6 +53,7 @@ class RulePack:
             kernels: they are written between Q and DQ, where they compute on integers as they stand. "Pad" is known.
         convolves_selections: For "units": shortcuts that only leave out pixels and add channels of zeros become 1x1
             convolutions on integers (``selections.py``).
+        convolves_pools: For "units" on x86: average pools become depthwise convolutions on integers (``pools.py``).
         clips: Operators that are folded into the range of the value that they make.
         epilogues: Activations (operators, and "SiLU") that the runtime computes within an integer convolution, so that
             no Q/DQ belongs between.
@@ -86,6 +87,7 @@ class RulePack:
     followers: frozenset[str] = frozenset()
     on_integers: frozenset[str] = frozenset()
     convolves_selections: bool = False
+    convolves_pools: bool = False
     clips: frozenset[str] = frozenset({"Relu", "Clip"})
     epilogues: frozenset[str] = frozenset()
     float_results: frozenset[str] = frozenset()
@@ -104,7 +106,7 @@ class RulePack:
 
 
 #: Rewrites for kernels that only x86 has.
-X86_REWRITES = frozenset({"convolve_pools", "align_channels", "align_first_layers"})
+X86_REWRITES = frozenset({"align_channels", "align_first_layers"})
 
 _CPU = RulePack(
     target="cpu",
@@ -114,6 +116,7 @@ _CPU = RulePack(
     float_operators={"ConvTranspose": "no integer kernel"},
     followers=CPU_FOLLOWERS,
     on_integers=frozenset({"Pad"}),
+    convolves_pools=True,
     float_results=frozenset({"Gemm", "MatMul"}),
     constant_operands="scalar",
     tie_concat=True,
@@ -125,7 +128,6 @@ _CPU = RulePack(
         "clip_by_range",
         "tile_gates",
         "merge_groups",
-        "convolve_pools",
         "align_channels",
         "align_first_layers",
     ),
@@ -162,6 +164,7 @@ PACKS: Mapping[str, RulePack] = {
             epilogues=frozenset({"HardSwish", "SiLU"}),
             # It computes them in one pass with the activation and the rounding behind them, from integers.
             integer_batchnorm=False,
+            convolves_pools=False,
             rewrites=("remove_shuffles",),
         ),
         replace(
@@ -204,6 +207,7 @@ def get(target: str, isa: Isa | None = None) -> RulePack:
         pack,
         activation=NumberFormat(dtype="uint8" if isa.x86 else "int8"),
         weight=replace(pack.weight, reduced=isa.saturates),
+        convolves_pools=pack.convolves_pools and isa.x86,
         rewrites=tuple(name for name in pack.rewrites if isa.x86 or name not in X86_REWRITES),
     )
 

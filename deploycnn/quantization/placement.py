@@ -59,6 +59,7 @@ def place(model: ModelProto, pack: RulePack, keep_float: Collection[str] = ()) -
         quantized_nodes=tuple(node.name for node in graph.nodes if node.name in integer),
         on_integers=pack.on_integers,
         convolves_selections=pack.convolves_selections,
+        convolves_pools=pack.convolves_pools,
         guards_float=pack.guards_float,
         kept_float=kept,
     )

@@ -1,78 +1,109 @@
-"""Average pools as depthwise convolutions.
+"""Average pools on integers as depthwise convolutions.
 
 onnxruntime's ``QLinearAveragePool`` computes in float, one number at a time; the same means as a depthwise convolution
-with equal weights take a thirtieth of it (2x2 windows of DenseNet). In 8 bits such weights are exact: each is 127 steps
-of a scale.
+with equal weights take a thirtieth of it (2x2 windows of DenseNet). In 8 bits such weights are exact: all are the same
+integer, whose scale makes it the share of a pixel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import cast
 
 import numpy as np
-from onnx import ModelProto, helper, numpy_helper
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from deploycnn.graph.model import attribute, infer_shapes, shape_of, value_types
+from deploycnn.graph.model import (
+    attribute,
+    consumers,
+    initializers,
+    lasting_names,
+    producers,
+    shape_of,
+    sort_nodes,
+)
 from deploycnn.graph.names import names_taken, unique
 
+#: The integer that every weight is: two products with uint8 do not saturate, on CPUs without VNNI.
+_WEIGHT = 64
 
-def convolve_pools(model: ModelProto) -> int:
-    """Make ``AveragePool`` a ``Conv`` where every window has the same number of pixels, in place; return how many.
+
+def convolve_pools(model: ModelProto, types: Mapping[str, ValueInfoProto]) -> int:
+    """Make pools between DQ and Q convolutions where every window has as many pixels, in place; return how many.
 
     Args:
-        model: A simplified float32 model whose nodes are named and whose shapes are inferred.
+        model: With Q/DQ.
+        types: Of the values that the pools read and make.
     """
-    shapes = {name: shape_of(value) for name, value in value_types(model).items()}
-    taken, changed = names_taken(model.graph), 0
-    for node in model.graph.node:
-        if node.op_type != "AveragePool":
+    graph = model.graph
+    makers, readers, constants = producers(graph), consumers(graph), initializers(graph)
+    taken, lasting, changed = names_taken(graph), lasting_names(graph), 0
+    for node in [held for held in graph.node if held.op_type == "AveragePool"]:
+        rounded = makers.get(node.input[0])
+        read = readers.get(node.output[0], [])
+        if rounded is None or rounded.op_type != "DequantizeLinear" or node.output[0] in lasting:
             continue
-        source, result = shapes.get(node.input[0]), shapes.get(node.output[0])
-        kernel = cast("list[int]", attribute(node, "kernel_shape"))
-        pads = cast("list[int]", attribute(node, "pads", [0] * 4))
-        strides = cast("list[int]", attribute(node, "strides", [1] * len(kernel)))
-        dilations = cast("list[int]", attribute(node, "dilations", [1] * len(kernel)))
-        if source is None or result is None or len(kernel) != 2 or source[1] is None:
+        scale = constants.get(rounded.input[1])
+        if scale is None or scale.data_type != TensorProto.FLOAT or scale.dims:
             continue
-        if any(pads) and not attribute(node, "count_include_pad", 0):
+        if not read or any(reader.op_type != "QuantizeLinear" for reader in read):
             continue
-        if attribute(node, "auto_pad", b"NOTSET") != b"NOTSET":
+        shapes = [
+            shape_of(types[name]) if name in types else None for name in (rounded.output[0], node.output[0])
+        ]
+        if shapes[0] is None or shapes[0][1] is None or not _alike(node, shapes[0], shapes[1]):
             continue
-        if attribute(node, "ceil_mode", 0) and not all(
-            _fits(*sizes)
-            for sizes in zip(
-                source[2:], result[2:], kernel, strides, dilations, pads[:2], pads[2:], strict=True
-            )
-        ):
-            continue
-        name = unique(f"{node.name}.weight", taken)
-        taken.add(name)
-        weight = np.full((source[1], 1, *kernel), 1 / prod(kernel), np.float32)
-        model.graph.initializer.append(numpy_helper.from_array(weight, name))
-        node.CopyFrom(
-            helper.make_node(
-                "Conv",
-                [node.input[0], name],
-                [node.output[0]],
-                name=node.name,
-                group=source[1],
-                kernel_shape=kernel,
-                pads=pads,
-                strides=strides,
-                dilations=dilations,
-            )
+        kernel, channels = cast("list[int]", attribute(node, "kernel_shape")), shapes[0][1]
+        arrays: dict[str, npt.NDArray[np.generic]] = {
+            "weight": np.full((channels, 1, *kernel), _WEIGHT, np.int8),
+            "weight_scale": np.full(channels, 1 / (_WEIGHT * prod(kernel)), np.float32),
+            "weight_zero_point": np.zeros(channels, np.int8),
+        }
+        names = [unique(f"{node.name}.{suffix}", taken) for suffix in arrays]
+        weight = unique(f"{node.name}.weight_DequantizeLinear_Output", taken)
+        taken |= {*names, weight}
+        graph.initializer.extend(
+            numpy_helper.from_array(array, name) for name, array in zip(names, arrays.values(), strict=True)
         )
+        graph.node.append(helper.make_node("DequantizeLinear", names, [weight], name=weight, axis=0))
+        kept = [held for held in node.attribute if held.name not in {"count_include_pad", "ceil_mode"}]
+        options = {held.name: helper.get_attribute_value(held) for held in kept}
+        inputs = [node.input[0], weight]
+        made = helper.make_node("Conv", inputs, list(node.output), name=node.name, group=channels, **options)
+        node.CopyFrom(made)
         changed += 1
     if changed:
-        model.CopyFrom(infer_shapes(model))
+        sort_nodes(model)
     return changed
 
 
-def _fits(
-    size: int | None, windows: int | None, kernel: int, stride: int, dilation: int, before: int, behind: int
-) -> bool:
-    """Whether no window reaches beyond the padding."""
-    if size is None or windows is None:
+def is_mean(weight: npt.NDArray[np.generic]) -> bool:
+    """Whether a convolution with these integers is what a pool became."""
+    return bool(
+        weight.dtype == np.int8 and weight.ndim == 4 and weight.shape[1] == 1 and (weight == _WEIGHT).all()
+    )
+
+
+def _alike(node: NodeProto, source: tuple[int | None, ...], result: tuple[int | None, ...] | None) -> bool:
+    """Whether every window of a pool of images has as many pixels."""
+    if len(source) != 4 or attribute(node, "auto_pad", b"NOTSET") != b"NOTSET":
         return False
-    return windows == (size + before + behind - dilation * (kernel - 1) - 1) // stride + 1
+    pads = cast("list[int]", attribute(node, "pads", [0] * 4))
+    if any(pads) and not attribute(node, "count_include_pad", 0):
+        return False
+    if not attribute(node, "ceil_mode", 0):
+        return True
+    # Windows that reach beyond the padding count what is there.
+    kernel = cast("list[int]", attribute(node, "kernel_shape"))
+    strides = cast("list[int]", attribute(node, "strides", [1, 1]))
+    dilations = cast("list[int]", attribute(node, "dilations", [1, 1]))
+    for axis in (0, 1):
+        size, windows = source[2 + axis], result[2 + axis] if result is not None else None
+        if size is None or windows is None:
+            return False
+        reach = dilations[axis] * (kernel[axis] - 1) + 1
+        if windows != (size + pads[axis] + pads[2 + axis] - reach) // strides[axis] + 1:
+            return False
+    return True

@@ -187,8 +187,8 @@ def _trainable(quantized: ModelProto, full: ModelProto, learn_scales: bool) -> B
     limit_weights(bridge, layers)
     if learn_scales:
         bridge.learn_scales()
-    # Convolutions that the float graph does not have are shortcuts without weights (selections.py).
-    known = {node.name for node in full.graph.node}
+    # Convolutions that the float graph does not have are shortcuts without weights and pools (selections.py, pools.py).
+    known = {node.name for node in full.graph.node if node.op_type == "Conv"}
     for name, path in bridge.module_of.items():
         module = bridge.module.get_submodule(path)
         if name not in known and isinstance(module, nn.Conv2d):

@@ -38,7 +38,6 @@ from deploycnn.graph.model import (
 )
 from deploycnn.graph.names import names_taken, unique
 from deploycnn.quantization.first_layers import align_first_layers
-from deploycnn.quantization.pools import convolve_pools
 from deploycnn.quantization.shuffle import remove_shuffles
 from deploycnn.quantization.widths import align_channels
 
@@ -276,7 +275,6 @@ REWRITES: Mapping[str, Callable[[ModelProto], int]] = {
     "clip_by_range": clip_by_range,
     "tile_gates": tile_gates,
     "merge_groups": merge_groups,
-    "convolve_pools": convolve_pools,
     "align_channels": align_channels,
     "align_first_layers": align_first_layers,
 }

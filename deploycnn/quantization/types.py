@@ -144,6 +144,7 @@ class Plan:
         quantized_nodes: Names of the nodes that compute between DQ and Q, in graph order.
         on_integers: Operators that stand between Q and DQ instead, where that computes the same.
         convolves_selections: Whether shortcuts without weights become convolutions (``selections.py``).
+        convolves_pools: Whether average pools do (``pools.py``).
         guards_float: Whether float layers between Q/DQ get a guard (``guards.py``).
         kept_float: Convolutions and matrix products left in float -> why.
     """
@@ -157,6 +158,7 @@ class Plan:
     quantized_nodes: tuple[str, ...]
     on_integers: frozenset[str] = frozenset()
     convolves_selections: bool = False
+    convolves_pools: bool = False
     guards_float: bool = False
     kept_float: Mapping[str, str]
 

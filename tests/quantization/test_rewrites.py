@@ -96,7 +96,6 @@ def test_what_each_rewrite_leaves() -> None:
         "clip_by_range": 3,
         "tile_gates": 1,
         "merge_groups": 1,
-        "convolve_pools": 0,
         "align_channels": 0,
         "align_first_layers": 1,
     }
