@@ -313,12 +313,12 @@ def test_a_share_of_the_latency_is_reached_on_the_target(
     resnet: Artifact, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     stopwatch = Exact()
-    ctx = context(tmp_path / "p", data=noise(), stopwatch=stopwatch, target="onnxruntime-cpu")
+    # Rules that leave widths as they are: to this stopwatch, channels of zeros would cost what others do.
+    ctx = context(tmp_path / "p", data=noise(), stopwatch=stopwatch, target="openvino")
     draft = Prune(latency_ratio=0.6, round_to=2, importance_images=32, **options).run(resnet, ctx)
     latency = draft.facts.record["pruning"]["latency"]
     assert latency["met"] is True
-    # Integer kernels take channels in fours, and 16 outputs at least, so their times go in large steps.
-    assert 0.6 * (0.97 if not options else 0.85) < latency["measured_ratio"] < 0.6 * 1.03
+    assert latency["measured_ratio"] == pytest.approx(0.6, rel=0.03)
     assert latency["precision"] == options.get("latency_precision", "fp32")
     assert stopwatch.races > 0
     assert draft.facts.macs == count_macs(load_model(ctx.output / MAIN_FILE["torch"]), (3, 32, 32))
