@@ -25,7 +25,7 @@ _PIXELS = 28 * 28
 #: one by one, or moved with many others.
 COMPUTED, MOVED = 0.5, 0.4
 
-#: Operators on one value that keep finite numbers finite, channel by channel; and whether they compute.
+#: Operators on one value that keep finite numbers finite, channel by channel; and what an element costs.
 _UNARY = {
     **dict.fromkeys(("Relu", "Clip", "Identity", "Dropout"), 0.0),
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), MOVED),

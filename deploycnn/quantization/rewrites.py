@@ -219,7 +219,7 @@ def _constants(graph: GraphProto, stem: str, values: Mapping[str, float], taken:
 # Nanoseconds for a pixel on one core with VNNI, of which only the ratios matter (ResNeXt's and RegNet's shapes).
 #: A group costs this, and this for each tap, as its windows are copied into a matrix; one group is read in place.
 _GROUP, _GROUP_TAP, _ONE_GROUP = 5.0, 3.8, 15.0
-#: Of a product. Twice what a Sapphire Rapids takes, to be right for CPUs with narrower units as well.
+#: Of a product. A third more than a Sapphire Rapids takes, to be right for CPUs with narrower units as well.
 _PRODUCT = 0.004
 #: What joining must leave of the time, at most.
 _MERGED_SHARE = 0.8

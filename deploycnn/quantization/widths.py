@@ -47,7 +47,7 @@ def align_channels(model: ModelProto) -> int:
     sets = ChannelSets(model)
     while True:
         decided = _decided(sets)
-        narrow = [node for node in sets.paddings if zeros_behind(sets, node, decided) < 0]
+        narrow = [node for node in sets.paddings if _zeros_behind(sets, node, decided) < 0]
         if not narrow:
             break
         sets.hold(*(sets.root(node.input[0]) for node in narrow))
@@ -58,7 +58,7 @@ def align_channels(model: ModelProto) -> int:
     return len(orders)
 
 
-def zeros_behind(sets: ChannelSets, node: NodeProto, orders: Mapping[str, Order]) -> int:
+def _zeros_behind(sets: ChannelSets, node: NodeProto, orders: Mapping[str, Order]) -> int:
     """How many channels of zeros a ``Pad`` must add behind, by the orders of sets or of values."""
     before, _ = sets.graph.zero_channels(node) or (0, 0)
     widths = []
@@ -146,7 +146,7 @@ class _Padding:
         for node in self._sets.paddings:
             if {node.input[0], node.output[0]} & set(self._orders):
                 amounts = numpy_helper.to_array(self._sets.graph.constants[node.input[1]]).copy()
-                amounts[len(amounts) // 2 + 1] = zeros_behind(self._sets, node, self._orders)
+                amounts[len(amounts) // 2 + 1] = _zeros_behind(self._sets, node, self._orders)
                 replace_constant(self._model.graph, node, 1, amounts, self._taken)
 
     def _convolution(self, node: NodeProto) -> None:
